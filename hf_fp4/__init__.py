@@ -1,0 +1,14 @@
+"""FP4 (NVFP4 and MXFP4) quantization for Hugging Face transformers.
+
+Importing this package registers the method with transformers; `from_pretrained` then quantizes a model that is loaded
+with a `MRGPTQConfig`, and loads a checkpoint that was quantized before without any argument.
+"""
+
+from . import backends as _backends  # registers the operators' implementations
+from .config import MRGPTQConfig
+from .evaluate import evaluate
+from .layers.linear import FP4Linear
+from .quantizer import MRGPTQHfQuantizer
+
+__version__ = "0.1.0"
+__all__ = ["FP4Linear", "MRGPTQConfig", "MRGPTQHfQuantizer", "evaluate"]

@@ -1,0 +1,1 @@
+"""Calibration: data in, FP4 weights out, block by block."""

@@ -1,0 +1,77 @@
+"""Finished blocks on disk, so that a killed run resumes. A block is either there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+MANIFEST = "manifest.json"
+
+
+class WorkDir:
+    """A directory of finished blocks that belongs to one model, one config and one set of calibration tokens.
+
+    Args:
+        path: created when missing.
+        identity: what the blocks depend on, JSON values by name.
+
+    Raises:
+        ValueError: the directory holds blocks of something else; the message says which part differs.
+    """
+
+    def __init__(self, path: str | os.PathLike, identity: dict[str, object]):
+        self._path = Path(path)
+        self._path.mkdir(parents=True, exist_ok=True)
+        manifest = self._path / MANIFEST
+        if manifest.exists():
+            found = json.loads(manifest.read_text())
+            differing = sorted(k for k in found.keys() | identity.keys() if found.get(k) != identity.get(k))
+            if differing:
+                raise ValueError(
+                    f"work_dir {self._path} belongs to another run: {', '.join(differing)} differ; "
+                    "give this run a directory of its own, or delete that one to start over"
+                )
+        else:
+            _write_atomically(manifest, json.dumps(identity, indent=1).encode())
+
+    def load(self, block: int) -> tuple[dict[str, torch.Tensor], dict] | None:
+        """``(tensors, metadata)`` of a finished block, or None when it is not finished."""
+        file = self._file(block)
+        if not file.exists():
+            return None
+        with safe_open(file, framework="pt") as opened:
+            return {k: opened.get_tensor(k) for k in opened.keys()}, json.loads(opened.metadata()["block"])
+
+    def save(self, block: int, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+        """Write a finished block; it appears under its name only when all of it is on disk."""
+        partial = self._file(block).with_suffix(".partial")
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, {"block": json.dumps(metadata)})
+        with open(partial, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, self._file(block))
+
+    def _file(self, block: int) -> Path:
+        return self._path / f"block-{block:05d}.safetensors"
+
+
+def weights_fingerprint(named_parameters) -> str:
+    """A digest of names, shapes, dtypes and of every byte's sum, read once at memory speed."""
+    digest = hashlib.sha256()
+    for name, parameter in named_parameters:
+        flat = parameter.detach().contiguous().view(-1)
+        as_integers = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+        position = as_integers[:: max(1, len(as_integers) // 64)][:64].tolist()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {as_integers.sum().item()} {position}".encode())
+    return digest.hexdigest()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

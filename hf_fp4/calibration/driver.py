@@ -1,0 +1,376 @@
+"""The calibration loop: block by block, and within a block group by group, on what the quantized part really computes.
+
+Two streams of hidden states run through the blocks: the quantized one, whose inputs the solver sees, and, for the
+asymmetric correction, the original model's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..backends.reference import compute_dtype, matmul, quantize_input
+from ..config import MRGPTQConfig
+from ..formats import FP4Format, dequantize_blocks
+from ..gptq import FP4Weight, activation_order, relative_output_error, round_weight, solve
+from ..hessian import SecondMoments, correct_target, inverse_cholesky
+from ..layers.linear import FP4Linear
+from ..layers.replace import replace_linears, select_linears
+from ..rotation import HADAMARD_SIZES, require_divisor, rotate
+from ..scales import fake_quantize_activations, input_global_scale, weight_global_scale, weight_scales
+from .capture import (
+    BlockCall,
+    BlockPlan,
+    Blocks,
+    block_device,
+    capture_block_inputs,
+    find_blocks,
+    probe,
+    require_finite,
+    run_block,
+    run_until,
+)
+from .checkpoint import WorkDir, weights_fingerprint
+from .data import CalibrationData
+
+PROBE_TOKENS = 16
+ROTATION_SAMPLE = 512
+"""Tokens, and output rows, on which the Hadamard size of a group is chosen."""
+
+_PROVISIONAL_HEADROOM = 8.0
+"""Over the first batch's maximum, until the maximum of all batches is known; a power of two, so rounding agrees."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one linear.
+
+    error: squared output error over squared output on the calibration data, against the target of the solve; None
+    without data. seconds: time of its group's statistics and solve.
+    """
+
+    name: str
+    hadamard_size: int | None
+    error: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `quantize_model` did: one report per converted linear, and the reason for each that was not."""
+
+    reports: list[LayerReport]
+    skipped: dict[str, str]
+
+
+@dataclass
+class _Batch:
+    """One batch on its way through the blocks; `original` is None when there is no correction."""
+
+    quantized: torch.Tensor
+    original: torch.Tensor | None
+    calls: list[BlockCall]
+
+
+class _Group:
+    """Linears of one block that share an input: statistics, solve, and the simulated forward afterwards."""
+
+    def __init__(self, block: nn.Module, prefix: str, names: list[str], config: MRGPTQConfig):
+        self.names, self.prefix = names, prefix
+        self._config, self._format = config, config.fp4_format
+        self._linears = [block.get_submodule(name) for name in names]
+        self.hadamard_size: int | None = None
+        self._moments: SecondMoments | None = None
+        self._input_scale: torch.Tensor | None = None
+        self._absmax = torch.zeros(1, device=self._linears[0].weight.device)
+        self._memo: tuple[torch.Tensor, tuple] | None = None
+        self._dequantized: dict[str, torch.Tensor] = {}
+        self.solved: dict[str, FP4Linear] = {}
+
+    @property
+    def _title(self) -> str:
+        return f"{self.prefix}.{self.names[0]}" + ("" if len(self.names) == 1 else f" (+{len(self.names) - 1})")
+
+    def observe(self, x: torch.Tensor, original: torch.Tensor | None) -> None:
+        """Add one batch of inputs: of the quantized stream, and of the original one for the correction."""
+        require_finite(x, f"the input of {self._title}")
+        x = x.flatten(0, -2)
+        if self._moments is None:
+            self._start(x)
+        rotated = rotate(x, self.hadamard_size)
+        self._absmax = torch.maximum(self._absmax, rotated.abs().amax())
+        rule = self._config.linear_activation_rule
+        if rule is not None:
+            values, divisor = fake_quantize_activations(rotated, self._format, rule, self._input_scale)
+            rotated = values if divisor is None else values / divisor
+        if original is not None:
+            original = rotate(original.flatten(0, -2), self.hadamard_size)
+        self._moments.add(rotated, original)
+
+    def _start(self, first: torch.Tensor) -> None:
+        size = self._config.hadamard_group_size
+        self.hadamard_size = self._best_size(_spread(first)) if size == "auto" else size
+        cross = self._config.method != "rtn" and self._config.error_correction > 0
+        self._moments = SecondMoments(first.shape[-1], first.device, cross=cross)
+        if self._format.has_global_scale:
+            absmax = rotate(first, self.hadamard_size).abs().amax().view(1)
+            self._input_scale = input_global_scale(absmax * _PROVISIONAL_HEADROOM / 2)
+
+    def _best_size(self, sample: torch.Tensor) -> int | None:
+        """The size with the least output error: of the rounding of activations, plus half of the rounding of weights."""
+        sizes = [None, *(k for k in HADAMARD_SIZES if sample.shape[-1] % k == 0)]
+        return min(sizes, key=lambda size: self._rotation_error(sample, size))
+
+    def _rotation_error(self, sample: torch.Tensor, size: int | None) -> float:
+        x, weight = rotate(sample, size), rotate(_spread(self._stacked()), size)
+        scale, global_scale = self._scales(weight, x.square().mean(0))
+        quantized = round_weight(weight, scale, self._format, global_scale).dequantize()
+        error = 0.5 * (x @ (quantized - weight).T).square().sum()
+        rule = self._config.linear_activation_rule
+        if rule is not None:
+            absmax = input_global_scale(x.abs().amax().view(1)) if self._format.has_global_scale else None
+            values, divisor = fake_quantize_activations(x, self._format, rule, absmax)
+            error += (((values if divisor is None else values / divisor) - x) @ weight.T).square().sum()
+        return error.item()
+
+    def _stacked(self) -> torch.Tensor:
+        return torch.cat([linear.weight.detach().float() for linear in self._linears])
+
+    def _scales(self, weight: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        global_scale = weight_global_scale(weight.abs().amax().view(1)) if self._format.has_global_scale else None
+        rule = self._config.scale_rule
+        return weight_scales(weight, self._format, rule, global_scale, importance), global_scale
+
+    def solve(self) -> float:
+        """Quantize the group's weights from what was observed; returns the relative output error."""
+        config = self._config
+        second = self._moments.second
+        if self._input_scale is not None:
+            self._input_scale = input_global_scale(self._absmax)
+        weight = rotate(self._stacked(), self.hadamard_size)
+        if self._moments.cross is not None:
+            weight = correct_target(
+                weight, second, self._moments.cross, config.error_correction, config.damp_percent, self._title
+            )
+        scale, global_scale = self._scales(weight, second.diagonal())
+        if config.method == "rtn":
+            quantized = round_weight(weight, scale, self._format, global_scale)
+        else:
+            order = activation_order(second) if config.act_order else None
+            ordered = second if order is None else second[order][:, order]
+            upper = inverse_cholesky(ordered, config.damp_percent, self._title)
+            quantized = solve(weight, scale, self._format, global_scale, upper, order)
+        error = relative_output_error(weight, quantized.dequantize(), second)
+        self._moments = None
+        for name, part in zip(self.names, quantized.split([w.out_features for w in self._linears]), strict=True):
+            self._take(name, part)
+        return error
+
+    def _take(self, name: str, weight: FP4Weight) -> None:
+        linear = self._linears[self.names.index(name)]
+        layer = new_layer(linear, self._config, self.hadamard_size, static_input_scale=self._has_input_scale)
+        input_scale = self._input_scale.clone() if self._has_input_scale else None
+        layer.set_weight(weight, linear.bias, input_scale)
+        self._install(name, layer)
+
+    @property
+    def _has_input_scale(self) -> bool:
+        return self._format.has_global_scale and self._config.activations == "fp4"
+
+    def restore(self, layers: dict[str, FP4Linear]) -> None:
+        """Take over layers that an earlier run solved."""
+        for name in self.names:
+            self._install(name, layers[name])
+        self.hadamard_size = layers[self.names[0]].hadamard_size
+        self._input_scale = layers[self.names[0]].input_global_scale
+
+    def _install(self, name: str, layer: FP4Linear) -> None:
+        dtype = compute_dtype(self._linears[0].weight.dtype)
+        self._dequantized[name] = dequantize_blocks(layer.weight, layer.weight_scale, self._format, dtype)
+        self.solved[name] = layer
+
+    def simulated(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """Per linear a function that computes what its FP4Linear will, on weights that are unpacked once per block."""
+        return {name: lambda x, name=name: self._forward(name, x) for name in self.names}
+
+    def _forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        layer = self.solved[name]
+        if self._memo is None or self._memo[0] is not x:
+            rule = self._config.linear_activation_rule
+            self._memo = x, quantize_input(x, self._format, rule, self.hadamard_size, layer.input_global_scale)
+        values, divisor = self._memo[1]
+        y = matmul(values, divisor, self._dequantized[name], layer.weight_global_scale, layer.bias)
+        return y.to(x.dtype)
+
+
+def _spread(rows: torch.Tensor) -> torch.Tensor:
+    """At most `ROTATION_SAMPLE` rows, evenly spread."""
+    return rows[:: -(-len(rows) // ROTATION_SAMPLE)]
+
+
+def new_layer(
+    linear: nn.Linear, config: MRGPTQConfig, hadamard_size: int | None, *, static_input_scale: bool
+) -> FP4Linear:
+    """An empty FP4Linear for ``linear``, on the meta device."""
+    return FP4Linear(
+        linear.in_features,
+        linear.out_features,
+        config.fp4_format,
+        bias=linear.bias is not None,
+        hadamard_size=hadamard_size,
+        activation_scale_rule=config.linear_activation_rule,
+        static_input_scale=static_input_scale,
+        dtype=linear.weight.dtype if linear.weight.is_floating_point() else None,
+        device="meta",
+    )
+
+
+def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: CalibrationData) -> Run:
+    """Calibrate and quantize ``model`` in place.
+
+    Args:
+        model: an unquantized causal LM in evaluation mode, its blocks in memory.
+        config: what to do; it is not changed.
+        data: the calibration tokens.
+
+    Returns:
+        A `Run`: per-layer reports and the linears that stayed as they were, with the reason.
+
+    Raises:
+        ValueError: no linear converts, the model's structure is not understood, or weights or activations are not
+            finite (the message names the layer).
+    """
+    blocks = find_blocks(model)
+    selection = select_linears(model, config.fp4_format, config.modules_to_not_convert)
+    for name in selection.selected:
+        if isinstance(config.hadamard_group_size, int):
+            require_divisor(config.hadamard_group_size, model.get_submodule(name).in_features, name)
+        require_finite(model.get_submodule(name).weight, f"the weight of {name}")
+    plans = probe(model, blocks, data.batches[0][:1, :PROBE_TOKENS])
+    groups, skipped = _plan_groups(blocks, plans, selection.selected, selection.skipped)
+    work = _open_work_dir(model, config, data)
+    two_streams = config.method != "rtn" and config.error_correction > 0
+    batches = [
+        _Batch(inputs.hidden, inputs.hidden if two_streams else None, inputs.calls)
+        for inputs in capture_block_inputs(model, blocks, plans, data.batches)
+    ]
+    reports: list[LayerReport] = []
+    bar = logging.tqdm(total=len(blocks.modules), desc=f"MR-GPTQ {config.format}", unit="block")
+    with bar:
+        for index, name in enumerate(blocks.names):
+            block = _Block(blocks.modules[index], name, index, groups[index], config)
+            reports += block.quantize(batches, work)
+            last = index == len(blocks.modules) - 1
+            if not last:
+                block.advance(batches)
+            block.replace(model)
+            bar.update()
+    return Run(reports, skipped)
+
+
+class _Block:
+    """One decoder block while it is being quantized."""
+
+    def __init__(self, module: nn.Module, name: str, index: int, groups: list[list[str]], config: MRGPTQConfig):
+        self._module, self._name, self._index, self._config = module, name, index, config
+        self._groups = [_Group(module, name, names, config) for names in groups]
+        self._device = block_device(module)
+
+    def quantize(self, batches: list[_Batch], work: WorkDir | None) -> list[LayerReport]:
+        """Solve every group, or take the block from the work directory when an earlier run finished it."""
+        finished = work.load(self._index) if work else None
+        if finished is not None:
+            return self._restore(*finished)
+        reports, redirects = [], {}
+        for group in self._groups:
+            start = time.perf_counter()
+            for batch in batches:
+                self._observe(group, batch, redirects)
+            error = group.solve()
+            redirects |= group.simulated()
+            seconds = time.perf_counter() - start
+            reports += [LayerReport(f"{self._name}.{n}", group.hadamard_size, error, seconds) for n in group.names]
+        if work:
+            tensors = {f"{n}.{k}": t for n, layer in self._layers() for k, t in layer.state_dict().items()}
+            work.save(self._index, tensors, {"reports": [asdict(r) for r in reports]})
+        return reports
+
+    def _observe(self, group: _Group, batch: _Batch, redirects: dict) -> None:
+        call = batch.calls[self._index]
+        original = None
+        if batch.original is not None:
+            original = run_until(self._module, batch.original.to(self._device), call, group.names)
+        x = run_until(self._module, batch.quantized.to(self._device), call, group.names, redirects)
+        group.observe(x, original)
+
+    def advance(self, batches: list[_Batch]) -> None:
+        """Move both streams to the next block's input."""
+        redirects = {name: f for group in self._groups for name, f in group.simulated().items()}
+        for batch in batches:
+            call = batch.calls[self._index]
+            if batch.original is not None:
+                batch.original = run_block(self._module, batch.original.to(self._device), call)
+            batch.quantized = run_block(self._module, batch.quantized.to(self._device), call, redirects)
+
+    def replace(self, model: nn.Module) -> None:
+        """Put the FP4 linears in the place of the originals, which are freed."""
+        layers = {f"{self._name}.{name}": layer for name, layer in self._layers()}
+        replace_linears(model, lambda name, _: layers[name], layers)
+
+    def _layers(self) -> Iterator[tuple[str, FP4Linear]]:
+        for group in self._groups:
+            yield from group.solved.items()
+
+    def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> list[LayerReport]:
+        reports = [LayerReport(**row) for row in metadata["reports"]]
+        sizes = {row.name: row.hadamard_size for row in reports}
+        for group in self._groups:
+            layers = {}
+            for name in group.names:
+                own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+                layer = new_layer(
+                    self._module.get_submodule(name),
+                    self._config,
+                    sizes[f"{self._name}.{name}"],
+                    static_input_scale="input_global_scale" in own,
+                )
+                layer.load_state_dict({k: t.to(self._device) for k, t in own.items()}, assign=True)
+                layer.check(f"{self._name}.{name}")
+                layers[name] = layer
+            group.restore(layers)
+        return reports
+
+
+def _plan_groups(
+    blocks: Blocks, plans: list[BlockPlan], selected: list[str], skipped: dict[str, str]
+) -> tuple[list[list[list[str]]], dict[str, str]]:
+    """Per block the groups of selected linears; and every other linear with its reason."""
+    wanted, skipped = set(selected), dict(skipped)
+    groups = []
+    for name, plan in zip(blocks.names, plans, strict=True):
+        kept = [[n for n in group if f"{name}.{n}" in wanted] for group in plan.groups]
+        groups.append([group for group in kept if group])
+        wanted -= {f"{name}.{n}" for group in kept for n in group}
+        for n, reason in plan.skipped.items():
+            if f"{name}.{n}" in wanted:
+                skipped[f"{name}.{n}"] = reason
+                wanted.discard(f"{name}.{n}")
+    skipped |= dict.fromkeys(wanted, "it is outside the decoder blocks, so it is not calibrated")
+    if not any(groups):
+        reasons = "; ".join(sorted(set(skipped.values())))
+        raise ValueError(f"none of the decoder blocks' linears can be calibrated ({reasons}); use method=\"rtn\"")
+    return groups, skipped
+
+
+def _open_work_dir(model: PreTrainedModel, config: MRGPTQConfig, data: CalibrationData) -> WorkDir | None:
+    if config.work_dir is None:
+        return None
+    recipe = {k: v for k, v in config.to_dict().items() if k not in ("dataset", "modules", "calibration")}
+    identity = {"model": weights_fingerprint(model.named_parameters()), "config": recipe, "dataset": data.fingerprint}
+    return WorkDir(config.work_dir, identity)

@@ -1,0 +1,388 @@
+"""`hf-fp4`: quantize a model and measure what that cost, from a terminal.
+
+The flags of `quantize` are `MRGPTQConfig`'s fields: names, types, defaults and help come from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import traceback
+import typing
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import __version__
+from .calibration.driver import LayerReport
+from .config import MRGPTQConfig
+from .evaluate import evaluate
+from .layers.linear import FP4Linear
+from .layers.replace import describe_skipped
+
+# What a user can bring about; anything else is a bug of ours and keeps its traceback.
+_EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
+_SET_BY_A_RUN = ("modules", "calibration")
+_CALIBRATION = (
+    "dataset",
+    "tokenizer",
+    "num_samples",
+    "sequence_length",
+    "batch_size",
+    "seed",
+    "work_dir",
+)
+# Where a field takes more in Python than on a command line.
+_HELP = {
+    "dataset": "calibration text: a Hub dataset NAME or NAME:CONFIG, a local .txt, .jsonl or .parquet file, or builtin, "
+    "which needs no network",
+    "num_samples": "calibration sequences",
+    "sequence_length": "tokens in each of them",
+    "work_dir": "keep each finished block here, so that a killed run resumes",
+    "tokenizer": "a name or path; without it, the tokenizer of MODEL",
+    "modules_to_not_convert": "a module that stays as it is, beside the output head, embeddings and routers; may be "
+    "repeated",
+}
+
+_EXAMPLE = """\
+example:
+  hf-fp4 quantize Qwen/Qwen3-8B Qwen3-8B-NVFP4
+  hf-fp4 evaluate Qwen3-8B-NVFP4 --reference Qwen/Qwen3-8B --text some-english.txt
+
+Anyone with hf-fp4 installed then loads it, after `import hf_fp4`, with
+  AutoModelForCausalLM.from_pretrained("Qwen3-8B-NVFP4")
+"""
+
+_QUANTIZE_EXAMPLE = """\
+examples:
+  the defaults, calibrated on a sample of fineweb-edu from the Hub:
+    hf-fp4 quantize Qwen/Qwen3-8B Qwen3-8B-NVFP4
+  your own text, and blocks kept so that a killed run resumes:
+    hf-fp4 quantize ./model ./model-mxfp4 --format mxfp4 --dataset my-text.jsonl --work-dir ./blocks
+  rounding to nearest, weights only, no data:
+    hf-fp4 quantize ./model ./model-rtn --method rtn --activations bf16
+"""
+
+_EVALUATE_EXAMPLE = """\
+example:
+  hf-fp4 evaluate ./model-nvfp4 --reference ./model --text held-out.txt --max-tokens 20000
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's) and return its exit code: 0, or 2 for a refusal."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        resume = (
+            "; the same command with the same --work-dir resumes" if getattr(args, "work_dir", None) else ""
+        )
+        print(f"hf-fp4: interrupted{resume}", file=sys.stderr)
+        return 130
+    except _EXPECTED as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"hf-fp4: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# --- flags
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _new_parser(
+        argparse.ArgumentParser,
+        description="Quantize a Hugging Face causal language model to FP4 (NVFP4 or MXFP4), and measure the result.",
+        epilog=_EXAMPLE,
+        prog="hf-fp4",
+    )
+    parser.add_argument("--version", action="version", version=f"hf-fp4 {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_quantize(commands)
+    _add_evaluate(commands)
+    return parser
+
+
+def _new_parser(make: Any, *names: str, **kwargs: Any) -> argparse.ArgumentParser:
+    return make(*names, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+
+def _add_quantize(commands: Any) -> None:
+    parser = _new_parser(
+        commands.add_parser,
+        "quantize",
+        usage="hf-fp4 quantize [options] MODEL OUT",
+        help="quantize a model to FP4 and save it",
+        description="Quantize MODEL to FP4 and save it, with its tokenizer, in the directory OUT.",
+        epilog=_QUANTIZE_EXAMPLE,
+    )
+    parser.set_defaults(run=_quantize)
+    parser.add_argument("model", metavar="MODEL", help="a model on the Hub, or a local directory")
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory for the result")
+    parser.add_argument("--overwrite", action="store_true", help="save although OUT has files in it")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: 5GB)"
+    )
+    parser.add_argument("--layers", action="store_true", help="at the end, one row for every layer")
+    method = parser.add_argument_group("method")
+    method.add_argument(
+        "--paper",
+        action="store_true",
+        help="start from the recipe of arXiv 2509.23202 instead of the defaults below; other flags still count",
+    )
+    calibration = parser.add_argument_group("calibration")
+    _add_config_flags(method, calibration)
+    _add_loading_flags(parser)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _new_parser(
+        commands.add_parser,
+        "evaluate",
+        usage="hf-fp4 evaluate [options] MODEL --text FILE",
+        help="perplexity of a model, and its distance from the original",
+        description="Perplexity of MODEL on a text and, with --reference, its KL divergence from\nthe original model "
+        "and how often both give the same next token.",
+        epilog=_EVALUATE_EXAMPLE,
+    )
+    parser.set_defaults(run=_evaluate)
+    parser.add_argument("model", metavar="MODEL", help="a model on the Hub, or a local directory")
+    parser.add_argument("--reference", metavar="ORIGINAL", help="the model before quantization")
+    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="a UTF-8 text to measure on")
+    parser.add_argument(
+        "--sequence-length", metavar="N", type=int, default=512, help="tokens per sequence (default: 512)"
+    )
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=int, help="stop after so many tokens (default: the whole text)"
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", type=int, default=4, help="sequences at a time (default: 4)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_loading_flags(parser)
+
+
+def _add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("loading")
+    group.add_argument(
+        "--device-map",
+        metavar="MAP",
+        default="auto",
+        help="as in from_pretrained: auto, cpu, cuda, ... (default: auto)",
+    )
+    group.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        default="auto",
+        help="bfloat16, float16, float32, or auto: as stored (default: auto)",
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_config_flags(method: argparse._ArgumentGroup, calibration: argparse._ArgumentGroup) -> None:
+    hints = typing.get_type_hints(MRGPTQConfig)
+    docs = _field_docs(MRGPTQConfig.__doc__ or "")
+    for field in fields(MRGPTQConfig):
+        if not field.init or field.name in _SET_BY_A_RUN:
+            continue
+        text = _HELP.get(field.name, docs.get(field.name, ""))
+        default = "" if field.default is None else f" (default: {field.default})"
+        (calibration if field.name in _CALIBRATION else method).add_argument(
+            f"--{field.name.replace('_', '-')}",
+            dest=field.name,
+            default=argparse.SUPPRESS,  # only what was given is passed on: --paper has other defaults
+            help=(text + default).replace("%", "%%"),
+            **_flag_type(field.name, hints[field.name]),
+        )
+
+
+def _flag_type(name: str, hint: Any) -> dict[str, Any]:
+    options = typing.get_args(hint) or (hint,)
+    word = name.rpartition("_")[2].upper()
+    if bool in options:
+        return {"action": argparse.BooleanOptionalAction}
+    if any(typing.get_origin(option) is list for option in options):
+        return {"action": "append", "metavar": "NAME"}
+    if int in options:
+        return {"type": int, "metavar": "N"} if len(options) == 1 else {"type": _int_or_word, "metavar": word}
+    if float in options:
+        return {"type": float, "metavar": "X"}
+    return {"metavar": word}
+
+
+def _int_or_word(text: str) -> int | str | None:
+    return int(text) if text.isdigit() else None if text.lower() == "none" else text
+
+
+def _field_docs(docstring: str) -> dict[str, str]:
+    """Name -> plain text of the entries in a docstring's `Args:` section."""
+    section = re.search(r"^    Args:\n((?:^        .*\n|\n)+)", docstring, re.MULTILINE)
+    docs = {}
+    for entry in re.split(r"^        (?=\S)", section[1] if section else "", flags=re.MULTILINE):
+        names, _, text = entry.partition(":")
+        plain = re.sub(r"``\"(\w[^`]*)\"``|`+([^`]+)`+", r"\1\2", " ".join(text.split())).rstrip(".")
+        docs.update({name.strip(): plain for name in names.split(",")})
+    return docs
+
+
+# --- quantize
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    given = {f.name: getattr(args, f.name) for f in fields(MRGPTQConfig) if hasattr(args, f.name)}
+    config = MRGPTQConfig.paper(**given) if args.paper else MRGPTQConfig(**given)
+    _check_target(args.out, args.model, args.overwrite)
+    config.tokenizer = tokenizer = _load_tokenizer(args, given.get("tokenizer"))
+    model = _load_model(args, args.model, quantization_config=config)
+    model.save_pretrained(args.out, max_shard_size=args.max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(args.out)
+    print(_describe_run(model, every_layer=args.layers))
+    saved = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
+    print(f"{args.out}: {_size(saved)}, was {_size(_unquantized_bytes(model))}")
+    if tokenizer is None:
+        print(f"{args.model} has no tokenizer, none was saved")
+
+
+def _check_target(out: Path, model: str, overwrite: bool) -> None:
+    """Refuse an unusable OUT before the work, not after it."""
+    if out.exists() and out.resolve() == Path(model).resolve():
+        raise ValueError(f"OUT must not be MODEL itself, got {out} for both; choose another directory")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"OUT must be a directory, got the file {out}; choose another name")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(
+            f"OUT must be new or empty, got {out} with files in it; choose another or pass --overwrite"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _describe_run(model: PreTrainedModel, *, every_layer: bool) -> str:
+    """The table of converted linears, and why others were not converted."""
+    quantizer: Any = model.hf_quantizer
+    report: list[LayerReport] = quantizer.report
+    rows = [_layer_row(row) for row in report] if every_layer else _kind_rows(report)
+    header = (
+        ("module", "Hadamard", "error") if every_layer else ("module", "layers", "Hadamard", "error", "worst")
+    )
+    lines = ["", *_table(header, rows)]
+    if quantizer.skipped:
+        lines.append(f"not converted: {describe_skipped(quantizer.skipped)}")
+    if any(row.error is not None for row in report):
+        lines.append(
+            "error: squared error of a layer's output over its squared output, on the calibration data"
+        )
+    return "\n".join([*lines, ""])
+
+
+def _layer_row(row: LayerReport) -> tuple[str, ...]:
+    return row.name, str(row.hadamard_size or "none"), _percent(row.error)
+
+
+def _kind_rows(report: Iterable[LayerReport]) -> list[tuple[str, ...]]:
+    """One row for each linear of a block: `model.layers.*.mlp.up_proj`."""
+    kinds: dict[str, list[LayerReport]] = {}
+    for row in report:
+        kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name), []).append(row)
+    rows: list[tuple[str, ...]] = []
+    for kind, members in kinds.items():
+        sizes = Counter(row.hadamard_size or 0 for row in members)
+        hadamard = ", ".join(
+            f"{size or 'none'}" + (f" x{n}" if len(sizes) > 1 else "") for size, n in sorted(sizes.items())
+        )
+        measured = [(row.error, row.name) for row in members if row.error is not None]
+        mean = statistics.fmean(error for error, _ in measured) if measured else None
+        worst, where = max(measured, default=(None, ""))
+        layer = "".join(re.findall(r"(?<![^.])\d+(?![^.])", where)[:1])
+        rows.append(
+            (
+                kind,
+                str(len(members)),
+                hadamard,
+                _percent(mean),
+                _percent(worst) + (f" in {layer}" if layer else ""),
+            )
+        )
+    return rows
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
+
+
+def _unquantized_bytes(model: PreTrainedModel) -> int:
+    """What the weights would take in the model's dtype if no linear were quantized."""
+    packed = (m.in_features * m.out_features for m in model.modules() if isinstance(m, FP4Linear))
+    others = (p.numel() * p.element_size() for p in model.parameters())  # an FP4Linear's weight is a buffer
+    return sum(packed) * model.dtype.itemsize + sum(others)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+# --- evaluate
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    tokenizer = _load_tokenizer(args, args.model)
+    model = _load_model(args, args.model)
+    reference = _load_model(args, args.reference) if args.reference else None
+    result = evaluate(
+        model,
+        args.text,
+        tokenizer,
+        reference=reference,
+        sequence_length=args.sequence_length,
+        max_tokens=args.max_tokens,
+        batch_size=args.batch_size,
+    )
+    print(json.dumps(result.to_dict()) if args.json else result)
+
+
+# --- loading
+
+
+def _load_model(args: argparse.Namespace, name: str, **kwargs: Any) -> PreTrainedModel:
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype, None)
+    if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"--dtype must be auto, bfloat16, float16 or float32, got {args.dtype}")
+    return AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, device_map=args.device_map, trust_remote_code=args.trust_remote_code, **kwargs
+    )
+
+
+def _load_tokenizer(args: argparse.Namespace, name: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer `name`; where that is None, the one beside the model or, as some models have none, None."""
+    try:
+        return AutoTokenizer.from_pretrained(name or args.model, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        if name is not None:
+            raise ValueError(f"{name} has no tokenizer that can be loaded: {error}") from error
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

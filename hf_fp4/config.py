@@ -1,0 +1,155 @@
+"""`MRGPTQConfig`: what to do, validated when it is made; after a run, also what was chosen."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .formats import FP4Format
+from .rotation import HADAMARD_SIZES
+from .scales import ACTIVATION_SCALE_RULES, WEIGHT_SCALE_RULES
+
+QUANT_METHOD = "mr_gptq"
+DEFAULT_DATASET = "HuggingFaceFW/fineweb-edu:sample-10BT"
+
+_HOW_TO_LOAD = "pip install hf-fp4, then `import hf_fp4` before AutoModelForCausalLM.from_pretrained(...)"
+_NOT_SAVED = ("tokenizer", "batch_size", "work_dir")
+
+
+@dataclass(repr=False)
+class MRGPTQConfig(QuantizationConfigMixin):
+    """How `from_pretrained` quantizes a model to FP4, and what a saved checkpoint remembers of it.
+
+    Args:
+        format: ``"nvfp4"`` (groups of 16, E4M3 scales, an FP32 global scale) or ``"mxfp4"`` (groups of 32, E8M0 scales).
+        activations: ``"fp4"`` (W4A4: activations are quantized at run time) or ``"bf16"`` (W4A16: weights only).
+        method: ``"mr-gptq"``, or ``"rtn"``: rounding to nearest, which needs no data unless ``scale_rule="hessian"`` and
+            quantizes each weight as it is read.
+        hadamard_group_size: size of the block Hadamard rotation: 16, 32, 64, 128, ``None`` for no rotation, or ``"auto"``:
+            per group of linears that share an input, the size (or none) with the least output error on a sample of the
+            calibration data. Without data, the largest size that divides in_features.
+        scale_rule: block scales of weights: ``"absmax"``, ``"mse"``, ``"four_over_six"`` (nvfp4 only), or ``"hessian"``
+            (MSE weighted by the second moments of the inputs).
+        activation_scale_rule: block scales of activations: ``"absmax"``, ``"four_over_six"`` (nvfp4, its default) or
+            ``"mse"`` (mxfp4, its default: the better of two exponents).
+        act_order: quantize columns by descending second moment of their input; costs nothing at run time.
+        error_correction: share, 0 to 1, of the asymmetric correction that makes a layer aim at what the original model
+            gives on its own inputs rather than on the quantized model's; 0 turns it off.
+        damp_percent: added to the diagonal of the second moments, as a share of its mean.
+        dataset: calibration text: a Hub dataset ``"name"`` or ``"name:config"``, a `datasets.Dataset`, a list of strings
+            or of token tensors, a local .txt, .jsonl or .parquet file, or ``"builtin"``, which needs no network.
+        tokenizer: the tokenizer for ``dataset``, or where to load it from; ``None``: the model's own.
+        num_samples, sequence_length: how many calibration sequences of how many tokens.
+        batch_size: sequences per forward pass while calibrating.
+        seed: which part of the dataset is used.
+        modules_to_not_convert: names of modules that stay as they are, beside the output head, embeddings and routers.
+        work_dir: a directory that keeps each finished block, so that a killed run resumes; ``None``: nothing is kept.
+        modules: set by a run, not by you: the converted modules and the Hadamard size of each.
+        calibration: set by a run, not by you: the fingerprint and description of the calibration data.
+
+    Raises:
+        ValueError: a field has a value that it can't have; the message lists those it can.
+    """
+
+    format: str = "nvfp4"
+    activations: str = "fp4"
+    method: str = "mr-gptq"
+    hadamard_group_size: int | str | None = "auto"
+    scale_rule: str = "mse"
+    activation_scale_rule: str | None = None
+    act_order: bool = True
+    error_correction: float = 0.25
+    damp_percent: float = 0.01
+    dataset: Any = DEFAULT_DATASET
+    tokenizer: Any = None
+    num_samples: int = 128
+    sequence_length: int = 2048
+    batch_size: int = 8
+    seed: int = 0
+    modules_to_not_convert: list[str] | None = None
+    work_dir: str | os.PathLike | None = None
+    modules: dict[str, int | None] | None = None
+    calibration: dict[str, Any] | None = None
+    quant_method: str = field(default=QUANT_METHOD, init=False)
+
+    def __post_init__(self):
+        _one_of("format", self.format, tuple(f.value for f in FP4Format))
+        _one_of("activations", self.activations, ("fp4", "bf16"))
+        _one_of("method", self.method, ("mr-gptq", "rtn"))
+        _one_of("hadamard_group_size", self.hadamard_group_size, ("auto", None, *HADAMARD_SIZES))
+        _one_of("scale_rule", self.scale_rule, WEIGHT_SCALE_RULES)
+        if self.scale_rule == "four_over_six" and self.fp4_format is not FP4Format.NVFP4:
+            raise ValueError('scale_rule="four_over_six" is for nvfp4; for mxfp4 use "mse", which searches exponents')
+        rules = ACTIVATION_SCALE_RULES[self.fp4_format]
+        if self.activation_scale_rule is None:
+            self.activation_scale_rule = rules[-1]
+        _one_of(f"activation_scale_rule for {self.format}", self.activation_scale_rule, rules)
+        for name in ("num_samples", "sequence_length", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not 0 <= self.error_correction <= 1:
+            raise ValueError(f"error_correction must be between 0 and 1, got {self.error_correction!r}")
+        if not 0 < self.damp_percent < 1:
+            raise ValueError(f"damp_percent must be between 0 and 1 (0.01 is usual), got {self.damp_percent!r}")
+
+    @classmethod
+    def paper(cls, format: str = "nvfp4", **overrides: Any) -> MRGPTQConfig:
+        """The recipe of arXiv 2509.23202: H16 (nvfp4) or H32 (mxfp4), MSE scales, static activation order, no correction."""
+        recipe = {
+            "hadamard_group_size": 16 if format == "nvfp4" else 32,
+            "scale_rule": "mse",
+            "activation_scale_rule": "absmax",
+            "act_order": True,
+            "error_correction": 0.0,
+        }
+        return cls(format=format, **{**recipe, **overrides})
+
+    @property
+    def fp4_format(self) -> FP4Format:
+        """`format` as the enum."""
+        return FP4Format(self.format)
+
+    @property
+    def linear_activation_rule(self) -> str | None:
+        """The activation rule that a layer runs with; None for W4A16."""
+        return self.activation_scale_rule if self.activations == "fp4" else None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether quantizing needs data."""
+        return self.method != "rtn" or self.scale_rule == "hessian"
+
+    @property
+    def static_input_scale(self) -> bool:
+        """Whether the layers of a finished run have an ``input_global_scale``."""
+        return self.fp4_format.has_global_scale and self.activations == "fp4" and self.calibration is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to config.json: JSON values only, without what only the run itself needs."""
+        saved = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_SAVED}
+        if not isinstance(self.dataset, str):
+            saved["dataset"] = (self.calibration or {}).get("dataset", type(self.dataset).__name__)
+        return {**saved, "how_to_load": _HOW_TO_LOAD}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
+        """Rebuild a config from `to_dict`'s output; unknown keys are refused, they may change what the bytes mean."""
+        values = {k: v for k, v in config_dict.items() if k not in ("quant_method", "how_to_load")}
+        known = {f.name for f in fields(cls) if f.init}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"the quantization config has unknown fields {unknown}: it was written by a newer hf-fp4 or edited; "
+                "upgrade with `pip install -U hf-fp4`"
+            )
+        config = cls(**values, **{k: kwargs.pop(k) for k in list(kwargs) if k in known})
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+def _one_of(name: str, value: Any, allowed: tuple) -> None:
+    if isinstance(value, bool) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

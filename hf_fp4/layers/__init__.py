@@ -1,0 +1,1 @@
+"""Quantized layers, and which modules of a model they replace."""

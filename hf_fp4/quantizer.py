@@ -1,0 +1,306 @@
+"""`MRGPTQHfQuantizer`: the hook into `from_pretrained`. Policy only; the work is done by `calibration` and `layers`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from .calibration.capture import require_finite
+from .calibration.data import calibration_batches
+from .calibration.driver import LayerReport, new_layer, quantize_model
+from .config import QUANT_METHOD, MRGPTQConfig
+from .gptq import round_weight
+from .layers.linear import FP4Linear
+from .layers.replace import describe_skipped, replace_linears, select_linears
+from .rotation import largest_size, require_divisor, rotate
+from .scales import fused_partners, weight_global_scale, weight_scales
+
+logger = logging.get_logger(__name__)
+
+register_quantization_config(QUANT_METHOD)(MRGPTQConfig)
+
+
+@register_quantizer(QUANT_METHOD)
+class MRGPTQHfQuantizer(HfQuantizer):
+    """Quantizes a model to FP4 while `from_pretrained` loads it, or loads one that was quantized before.
+
+    After a run, ``report`` holds one `LayerReport` per converted linear and ``skipped`` the reason for each other one.
+    """
+
+    requires_calibration = False
+    quantization_config: MRGPTQConfig
+
+    def __init__(self, quantization_config: MRGPTQConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.report: list[LayerReport] = []
+        self.skipped: dict[str, str] = {}
+        self._on_load: _QuantizeOnLoad | None = None
+        if self.pre_quantized and quantization_config.modules is None:
+            raise ValueError(
+                "the checkpoint's quantization_config does not list its quantized modules; it is damaged or was saved "
+                "by something else: quantize the original model again"
+            )
+        if not self.pre_quantized:
+            quantization_config.modules = quantization_config.calibration = None
+
+    # --- before the weights are read
+
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if any(str(place) == "meta" for place in places):
+            raise ValueError(
+                "a model on the meta device has no weights to quantize; load it with device_map=None, \"cpu\" or \"cuda\""
+            )
+        if not self.pre_quantized and self.quantization_config.needs_calibration and "disk" in map(str, places):
+            raise ValueError(
+                "calibration needs the weights in memory, and device_map puts some on disk; use device_map=None, or "
+                'method="rtn" without scale_rule="hessian", which quantizes while loading'
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        for file in checkpoint_files or []:
+            if not str(file).endswith(".safetensors"):
+                raise ValueError(
+                    f"hf-fp4 reads safetensors only, got {Path(file).name}, which can run code when it is read; load the "
+                    "model once without quantization_config and save_pretrained() it"
+                )
+        config = self.quantization_config
+        if self.pre_quantized:
+            self._insert_layers(model)
+        elif not config.needs_calibration:
+            selection = select_linears(model, config.fp4_format, config.modules_to_not_convert)
+            self.skipped = selection.skipped
+            self._on_load = _QuantizeOnLoad(model, selection.selected, config)
+            config.modules = dict(self._on_load.sizes)
+
+    def _insert_layers(self, model: PreTrainedModel) -> None:
+        config, names = self.quantization_config, dict(self.quantization_config.modules)
+        present = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        missing = sorted(names.keys() - present)
+        if missing:
+            raise ValueError(
+                f"{type(model).__name__} has no linear {missing[0]} (and {len(missing) - 1} more) that the checkpoint "
+                "quantized; load it with the class that it was saved from"
+            )
+
+        def factory(name: str, linear: nn.Linear) -> FP4Linear:
+            return new_layer(linear, config, names[name], static_input_scale=config.static_input_scale)
+
+        replace_linears(model, factory, names)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module_name, _, tensor_name = param_name.rpartition(".")
+        return self._on_load is not None and tensor_name == "weight" and module_name in self._on_load.sizes
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return self._on_load
+
+    # --- after the weights are read
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            _check_layers(model)
+        elif self._on_load is not None:
+            self._on_load.finish(model)
+            self.report = [LayerReport(n, size, None, 0.0) for n, size in self._on_load.sizes.items()]
+            self._on_load = None
+            _check_layers(model)
+        else:
+            self._calibrate(model)
+        if self.skipped:
+            logger.warning(f"not converted to FP4: {describe_skipped(self.skipped)}")
+        model.save_pretrained = types.MethodType(_save_in_one_step, model)
+        return model
+
+    def _calibrate(self, model: PreTrainedModel) -> None:
+        config = self.quantization_config
+        text_config = model.config.get_text_config(decoder=True)
+        data = calibration_batches(
+            config.dataset,
+            _tokenizer(config.tokenizer, model, config.dataset),
+            num_samples=config.num_samples,
+            sequence_length=config.sequence_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            vocab_size=text_config.vocab_size,
+            max_length=getattr(text_config, "max_position_embeddings", None),
+            model=model,
+        )
+        run = quantize_model(model, config, data)
+        self.report, self.skipped = run.reports, run.skipped
+        config.modules = {row.name: row.hadamard_size for row in run.reports}
+        config.calibration = {
+            "dataset": data.description,
+            "fingerprint": data.fingerprint,
+            "tokens": sum(batch.numel() for batch in data.batches),
+        }
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, FP4Linear):
+                linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+                linear.weight = nn.Parameter(layer.dequantize(dtype))
+                if layer.bias is not None:
+                    linear.bias = nn.Parameter(layer.bias.detach().to(dtype))
+                model.set_submodule(name, linear.train(layer.training))
+        del model.save_pretrained
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _QuantizeOnLoad(ConversionOps):
+    """Rounds each weight as transformers reads it, so that the unquantized model is never in memory.
+
+    Linears that share a global scale are held until all of them have been read.
+    """
+
+    def __init__(self, model: PreTrainedModel, names: list[str], config: MRGPTQConfig):
+        self._config = config
+        self._waiting: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+        self._failure: Exception | None = None
+        targets = set(names)
+        self._partners = {name: tuple(n for n in fused_partners(name) if n in targets) for name in names}
+        self.sizes = {name: self._size(name, model.get_submodule(name).in_features) for name in names}
+
+        def factory(name: str, linear: nn.Linear) -> FP4Linear:
+            layer = new_layer(linear, config, self.sizes[name], static_input_scale=False)
+            layer.weight = torch.empty_like(linear.weight, device="meta", requires_grad=False).detach()
+            return layer
+
+        replace_linears(model, factory, names)
+
+    def _size(self, name: str, in_features: int) -> int | None:
+        size = self._config.hadamard_group_size
+        if size == "auto":
+            return largest_size(in_features)
+        if size is not None:
+            require_divisor(size, in_features, name)
+        return size
+
+    def convert(self, input_dict: dict[str, Any], model: PreTrainedModel, **kwargs: Any) -> dict[str, torch.Tensor]:
+        (key, value), = input_dict.items()
+        name = key.removesuffix(".weight")
+        group = self._partners[name]
+        waiting = self._waiting.setdefault(group, {})
+        waiting[name] = value[0] if isinstance(value, list) else value
+        if len(waiting) < len(group):
+            return {}
+        try:
+            return self._quantize(self._waiting.pop(group))
+        except ValueError as error:  # transformers would bury it in its loading report
+            self._failure = self._failure or error
+            return {}
+
+    def _quantize(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        fmt, rule = self._config.fp4_format, self._config.scale_rule
+        rotated = {}
+        for name, weight in weights.items():
+            require_finite(weight, f"the weight of {name}")
+            rotated[name] = rotate(weight, self.sizes[name])
+        global_scale = None
+        if fmt.has_global_scale:
+            absmax = torch.stack([w.abs().amax().cpu() for w in rotated.values()]).amax().view(1)
+            global_scale = weight_global_scale(absmax).to(next(iter(rotated.values())).device)
+        tensors = {}
+        for name, weight in rotated.items():
+            quantized = round_weight(weight, weight_scales(weight, fmt, rule, global_scale), fmt, global_scale)
+            tensors[f"{name}.weight"] = quantized.packed
+            tensors[f"{name}.weight_scale"] = quantized.scale
+            if global_scale is not None:
+                tensors[f"{name}.weight_global_scale"] = global_scale.clone()
+        return tensors
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Raise what went wrong; a weight that never came is an error, not a random layer."""
+        if self._failure is not None:
+            raise self._failure
+        absent = [n for group, got in self._waiting.items() for n in group if n not in got]
+        if absent:
+            raise ValueError(f"the checkpoint has no weight for {absent[0]} (and {len(absent) - 1} more)")
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    """Refuse a model in which a tensor of an FP4 layer was never read, or holds what no quantizer writes."""
+    for name, module in model.named_modules():
+        if not isinstance(module, FP4Linear) or module.weight.is_meta:
+            continue  # offloaded: accelerate brings it to memory when it runs
+        for key, tensor in (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)):
+            if not getattr(tensor, "_is_hf_initialized", False):
+                raise ValueError(
+                    f"the checkpoint has no tensor {name}.{key}; it is damaged or incomplete: download or quantize it again"
+                )
+        module.check(name)
+
+
+def _tokenizer(tokenizer: Any, model: PreTrainedModel, dataset: Any) -> Any:
+    """The tokenizer that was given, or the one beside the model; None when there is none (token ids need none)."""
+    if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
+        return tokenizer
+    source = tokenizer or model.config.name_or_path or model.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        if tokenizer is not None:
+            raise ValueError(f"tokenizer={str(tokenizer)!r} could not be loaded: {error}") from error
+        return None
+
+
+def _save_in_one_step(model: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    """`save_pretrained`, into a directory inside the target whose files then replace the target's.
+
+    When anything fails, a full disk for one, the files that were there before are untouched.
+    """
+    target = Path(save_directory)
+    if target.is_file():
+        raise ValueError(f"{target} is a file; save_pretrained needs a directory")
+    existed = target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
+            if kwargs.get("push_to_hub"):
+                kwargs.setdefault("repo_id", target.name)
+            type(model).save_pretrained(model, staging, *args, **kwargs)
+            _publish(Path(staging), target)
+    finally:
+        if not existed and not any(target.iterdir()):
+            target.rmdir()
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Move finished files into ``target``, weights first and config.json last; drop the weights of an earlier save."""
+    files = sorted(staging.iterdir(), key=lambda f: (f.name == "config.json", f.suffix != ".safetensors", f.name))
+    wrote_weights = any(f.suffix == ".safetensors" for f in files)
+    names = {f.name for f in files}
+    for file in files:
+        os.replace(file, target / file.name)
+    if wrote_weights:
+        for old in (*target.glob("model*.safetensors"), target / "model.safetensors.index.json"):
+            if old.name not in names:
+                old.unlink(missing_ok=True)

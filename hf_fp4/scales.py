@@ -1,0 +1,171 @@
+"""Block scales and global scales of weights and activations.
+
+A rule picks, per block, one scale out of a short list of stored scales by the squared error it leaves. Global scales are
+powers of two: multiplying by them is exact, so the calibrated and the final scale of an input give the same rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .formats import E2M1_MAX, E4M3_MAX, FP4Format, round_to_e2m1
+
+WEIGHT_SCALE_RULES = ("absmax", "mse", "four_over_six", "hessian")
+ACTIVATION_SCALE_RULES = {FP4Format.NVFP4: ("absmax", "four_over_six"), FP4Format.MXFP4: ("absmax", "mse")}
+
+FUSED_LINEARS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+"""Sibling linears that serving engines run as one matrix, and which therefore share their global scales."""
+
+INPUT_HEADROOM = 2.0
+"""A static input scale leaves at least this factor over the calibrated maximum before values saturate."""
+
+_WEIGHT_RANGE = 256.0 * E2M1_MAX
+"""A weight tensor's maximum maps to at most this, so that a block may still take a scale 1.75 times as large."""
+
+_E4M3_STEPS = range(-8, 7)
+"""Neighbours of absmax/6 on the E4M3 grid, in bytes: 8 bytes are one octave, so factors of about 0.5 to 1.7."""
+
+_E8M0_STEPS = range(-1, 3)
+
+
+def fused_partners(name: str) -> tuple[str, ...]:
+    """Full names of the linears that share ``name``'s global scales, itself included, whether or not they exist."""
+    parent, _, child = name.rpartition(".")
+    for group in FUSED_LINEARS:
+        if child in group:
+            return tuple(f"{parent}.{c}" if parent else c for c in group)
+    return (name,)
+
+
+def weight_global_scale(absmax: torch.Tensor) -> torch.Tensor:
+    """NVFP4 divisor, float32 [1], for weights (of all fused partners) whose largest magnitude is ``absmax``."""
+    return _power_of_two_below(_WEIGHT_RANGE, absmax)
+
+
+def input_global_scale(absmax: torch.Tensor) -> torch.Tensor:
+    """NVFP4 divisor, float32 [1], for inputs whose calibrated maximum is ``absmax``, with `INPUT_HEADROOM`."""
+    return _power_of_two_below(E4M3_MAX * E2M1_MAX / INPUT_HEADROOM, absmax)
+
+
+def weight_scales(
+    weight: torch.Tensor,
+    fmt: FP4Format,
+    rule: str,
+    global_scale: torch.Tensor | None = None,
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Block scales of a weight.
+
+    Args:
+        weight: float32 ``[N, K]``, already rotated.
+        fmt: the format.
+        rule: ``"absmax"``, ``"mse"`` (search of the scale grid), ``"four_over_six"`` (NVFP4: absmax maps to 6 or to 4) or
+            ``"hessian"`` (the same search, errors weighted by ``importance``).
+        global_scale: float32 [1], the NVFP4 divisor; ``None`` for MXFP4.
+        importance: float32 ``[K]``, the diagonal of the second moments of the inputs, for ``"hessian"``.
+
+    Returns:
+        Stored scales ``[N, K/group_size]`` of `FP4Format.scale_dtype`; never zero.
+    """
+    blocks = weight.unflatten(-1, (-1, fmt.group_size))
+    weights = None
+    if rule == "hessian":
+        if importance is None:
+            raise ValueError('scale_rule="hessian" needs the second moments of the inputs; give it calibration data')
+        weights = importance.view(-1, fmt.group_size)
+    candidates = _candidates(blocks, fmt, rule, global_scale, activations=False)
+    return _best_candidate(blocks, candidates, fmt, global_scale, weights)
+
+
+def fake_quantize_activations(
+    x: torch.Tensor, fmt: FP4Format, rule: str, global_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Quantize rotated activations with dynamic block scales; the one definition that every backend follows.
+
+    Args:
+        x: float32 ``[..., K]``, already rotated.
+        fmt: the format.
+        rule: one of `ACTIVATION_SCALE_RULES`: ``"absmax"``; ``"four_over_six"`` (absmax maps to 6 or to 4, NVFP4);
+            ``"mse"`` (the better of two neighbouring exponents, MXFP4).
+        global_scale: float32 ``[1]``, the static NVFP4 divisor; ``None`` takes one per token. Ignored for MXFP4.
+
+    Returns:
+        ``(e2m1 * block scale, float32 [..., K]; the divisor, [1] or [..., 1], None for MXFP4)``.
+    """
+    if fmt.has_global_scale and global_scale is None:
+        global_scale = _power_of_two_below(_WEIGHT_RANGE, x.abs().amax(-1, keepdim=True))
+    blocks = x.unflatten(-1, (-1, fmt.group_size))
+    divisor = None if global_scale is None else global_scale.view(*global_scale.shape[:-1], 1)
+    candidates = _candidates(blocks, fmt, rule, divisor, activations=True)
+    scale = _best_candidate(blocks, candidates, fmt, divisor, None)
+    codes = round_to_e2m1(blocks * inverse_step(scale, fmt, divisor)[..., None])
+    return (codes * fmt.decode_scale(scale)[..., None]).flatten(-2), global_scale
+
+
+def step(scale: torch.Tensor, fmt: FP4Format, global_scale: torch.Tensor | None) -> torch.Tensor:
+    """What one unit of E2M1 is worth, float32: ``scale / global_scale``."""
+    decoded = fmt.decode_scale(scale)
+    return decoded if global_scale is None else decoded / global_scale
+
+
+def inverse_step(scale: torch.Tensor, fmt: FP4Format, global_scale: torch.Tensor | None) -> torch.Tensor:
+    """What a value is multiplied by before it is rounded to E2M1, float32: ``global_scale / scale``."""
+    decoded = fmt.decode_scale(scale)
+    return decoded.reciprocal() if global_scale is None else global_scale / decoded
+
+
+def _power_of_two_below(target: float, absmax: torch.Tensor) -> torch.Tensor:
+    _, exponent = torch.frexp(target / absmax.float().clamp_min(2.0**-100))
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), (exponent - 1).clamp(-100, 100))
+
+
+def _candidates(
+    blocks: torch.Tensor, fmt: FP4Format, rule: str, global_scale: torch.Tensor | None, *, activations: bool
+) -> list[torch.Tensor]:
+    """Stored scales to choose from, the preferred one first (it wins ties)."""
+    absmax = blocks.abs().amax(-1)
+    if fmt is FP4Format.NVFP4:
+        base = fmt.encode_scale(absmax / E2M1_MAX * global_scale)
+        if rule == "absmax":
+            return [base]
+        if rule == "four_over_six":
+            return [base, fmt.encode_scale(absmax / 4 * global_scale)]
+        code = base.view(torch.uint8).short()
+        steps = sorted(_E4M3_STEPS, key=abs)
+        return [(code + s).clamp(1, 0x7E).to(torch.uint8).view(torch.float8_e4m3fn) for s in steps]
+    base = fmt.encode_scale(absmax / 4)  # floor(log2(absmax)) - 2: 2 is the exponent of 6, the largest E2M1 value
+    if rule == "absmax":
+        return [base]
+    steps = (0, 1) if activations else sorted(_E8M0_STEPS, key=abs)
+    return [(base.short() + s).clamp(0, 254).to(torch.uint8) for s in steps]
+
+
+def _best_candidate(
+    blocks: torch.Tensor,
+    candidates: list[torch.Tensor],
+    fmt: FP4Format,
+    global_scale: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> torch.Tensor:
+    """Per block the candidate with the least (weighted) squared error; the earlier one on a tie."""
+    if len(candidates) == 1:
+        return candidates[0]
+    best, best_error = candidates[0], None
+    for candidate in candidates:
+        codes = round_to_e2m1(blocks * inverse_step(candidate, fmt, global_scale)[..., None])
+        error = codes.mul_(step(candidate, fmt, global_scale)[..., None]).sub_(blocks).square_()
+        error = (error if weights is None else error.mul_(weights)).sum(-1)
+        if best_error is None:
+            best_error = error
+            continue
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, candidate.view(torch.uint8), best.view(torch.uint8)).view(fmt.scale_dtype)
+    return best

@@ -1,0 +1,308 @@
+// Rotate and quantize tokens. Memory-bound: each value is read once (twice with a per-token range) and written once.
+//
+// One thread holds 16 consecutive values of a token: one nvfp4 block, half an mxfp4 block, four butterflies of the
+// Hadamard transform; 8 neighbouring lanes hold 128 values, the longest transform. Outputs:
+//   tiled: what gemm_w4_sm90.cu reads, [token tiles, K/64, 8 or 4 chunks, tokens of a tile, 16 bytes]
+//   packed: uint8 codes [M, K/2] and row-major scales, the bytes of a checkpoint's activations
+#include "fp4_format.cuh"
+#include "fp4_kernels.h"
+#include "pipeline_sm90.cuh"
+
+namespace fp4 {
+namespace {
+
+constexpr int kValues = 16;
+constexpr int kLanesPerBlock = 8;  // 128 values
+
+struct Chunk {
+  float v[kValues];
+};
+
+template <typename T>
+__device__ __forceinline__ Chunk load_chunk(const T* x, bool valid) {
+  Chunk c;
+  if (!valid) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) c.v[i] = 0.0f;
+    return c;
+  }
+  const uint4* p = reinterpret_cast<const uint4*>(x);
+  uint4 raw[2] = {__ldg(p), __ldg(p + 1)};
+  const T* t = reinterpret_cast<const T*>(raw);
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) c.v[i] = static_cast<float>(t[i]);
+  return c;
+}
+
+// Fast Walsh-Hadamard transform, natural order: 16 in registers, 32..128 across lanes; then the factor 1/sqrt(size).
+__device__ __forceinline__ void rotate(Chunk& c, int size) {
+  if (size < 16) return;
+#pragma unroll
+  for (int h = 1; h < 16; h *= 2) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if ((i & h) == 0) {
+        const float a = c.v[i], b = c.v[i + h];
+        c.v[i] = a + b;
+        c.v[i + h] = a - b;
+      }
+    }
+  }
+  const int lane = threadIdx.x & 31;
+  for (int h = 1; h * 16 < size; h *= 2) {
+    const bool upper = lane & h;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float other = __shfl_xor_sync(0xFFFFFFFFu, c.v[i], h);
+      c.v[i] = upper ? other - c.v[i] : c.v[i] + other;
+    }
+  }
+  const float norm = size == 16 ? 0.25f : size == 32 ? 0.17677669529663687f : size == 64 ? 0.125f : 0.08838834764831845f;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) c.v[i] *= norm;
+}
+
+__device__ __forceinline__ float amax_of(const Chunk& c) {
+  float m = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) m = fmaxf(m, fabsf(c.v[i]));
+  return m;
+}
+
+// Rounds to q (on the E2M1 grid) under x * inverse; returns the squared error of q * step against x.
+__device__ __forceinline__ float round_block(const Chunk& c, float inverse, float step, Chunk& q) {
+  float error = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    q.v[i] = round_e2m1(c.v[i] * inverse);
+    const float d = fmaf(-q.v[i], step, c.v[i]);
+    error = fmaf(d, d, error);
+  }
+  return error;
+}
+
+// nvfp4 block: returns the E4M3 scale byte; q holds grid values.
+__device__ __forceinline__ uint32_t quantize_nvfp4(const Chunk& c, float global, ScaleRule rule, Chunk& q) {
+  const float amax = amax_of(c);
+  uint32_t byte = encode_block_scale(__fdiv_rn(amax, 6.0f) * global);
+  float s = e4m3_to_float(byte);
+  const float error6 = round_block(c, __fdiv_rn(global, s), __fdiv_rn(s, global), q);
+  if (rule == ScaleRule::kFourOverSix) {
+    Chunk q4;
+    const uint32_t byte4 = encode_block_scale(__fdiv_rn(amax, 4.0f) * global);
+    s = e4m3_to_float(byte4);
+    const float error4 = round_block(c, __fdiv_rn(global, s), __fdiv_rn(s, global), q4);
+    if (error4 < error6) {
+      byte = byte4;
+      q = q4;
+    }
+  }
+  return byte;
+}
+
+__device__ __forceinline__ int exponent_of_block(float amax) {
+  return max(static_cast<int>(__float_as_uint(amax) >> 23) - 129, -127);
+}
+
+// mxfp4 block, shared by lanes l and l ^ 1: returns the exponent; q holds grid values.
+__device__ __forceinline__ int quantize_mxfp4(const Chunk& c, ScaleRule rule, Chunk& q) {
+  float amax = amax_of(c);
+  amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 1));
+  int e = exponent_of_block(amax);
+  float error = round_block(c, exp2_int(-e), exp2_int(e), q);
+  if (rule == ScaleRule::kMse) {
+    Chunk q1;
+    float error1 = round_block(c, exp2_int(-e - 1), exp2_int(e + 1), q1);
+    error += __shfl_xor_sync(0xFFFFFFFFu, error, 1);
+    error1 += __shfl_xor_sync(0xFFFFFFFFu, error1, 1);
+    if (error1 < error) {
+      e += 1;
+      q = q1;
+    }
+  }
+  return e;
+}
+
+struct ActivationArgs {
+  const void* x;
+  const float* global;  // float32 [1] or null
+  void* out;            // tiled operand, or packed codes
+  uint8_t* scales;      // packed output only
+  float* token_scale;   // multiplier of a token's results: [1] static, [M] dynamic
+  int m, k, k_padded;   // k_padded: multiple of 64
+  int token_tile;
+  int hadamard;
+  ScaleRule rule;
+};
+
+__device__ __forceinline__ uint32_t pack16(float a, float b, __nv_bfloat16) {
+  __nv_bfloat162 p = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<uint32_t*>(&p);
+}
+__device__ __forceinline__ uint32_t pack16(float a, float b, __half) {
+  __half2 p = __floats2half2_rn(a, b);
+  return *reinterpret_cast<uint32_t*>(&p);
+}
+
+// 16-bit tiles: chunk 2j holds values 4j, 4j+1 of each of the four lanes of a 64-block, chunk 2j+1 values 4j+2, 4j+3.
+template <typename T>
+__device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
+  const int tile = token / a.token_tile, row = token % a.token_tile;
+  const int64_t block = static_cast<int64_t>(tile) * (a.k_padded / 64) + k0 / 64;
+  uint32_t* out = reinterpret_cast<uint32_t*>(a.out) + block * (a.token_tile * 32) + row * 4 + (k0 / 16) % 4;
+#pragma unroll
+  for (int c = 0; c < 8; ++c) out[c * a.token_tile * 4] = pack16(q.v[2 * c] * s, q.v[2 * c + 1] * s, T());
+}
+
+// 8-bit tiles: chunk c holds values 4c, 4c+2, 4c+1, 4c+3 of each of the four lanes (the order that expands cheapest).
+__device__ __forceinline__ void store_tiled8(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
+  const int tile = token / a.token_tile, row = token % a.token_tile;
+  const int64_t block = static_cast<int64_t>(tile) * (a.k_padded / 64) + k0 / 64;
+  uint32_t* out = reinterpret_cast<uint32_t*>(a.out) + block * (a.token_tile * 16) + row * 4 + (k0 / 16) % 4;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const uint32_t lo = __nv_cvt_float2_to_fp8x2(make_float2(q.v[4 * c] * s, q.v[4 * c + 2] * s), __NV_SATFINITE, __NV_E4M3);
+    const uint32_t hi = __nv_cvt_float2_to_fp8x2(make_float2(q.v[4 * c + 1] * s, q.v[4 * c + 3] * s), __NV_SATFINITE, __NV_E4M3);
+    out[c * a.token_tile * 4] = lo | (hi << 16);
+  }
+}
+
+__device__ __forceinline__ void store_packed(const ActivationArgs& a, int token, int k0, const Chunk& q) {
+  uint32_t w[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) w[i / 8] |= code_of_e2m1(q.v[i]) << (4 * (i % 8));
+  *reinterpret_cast<uint2*>(static_cast<uint8_t*>(a.out) + (static_cast<int64_t>(token) * a.k + k0) / 2) =
+      make_uint2(w[0], w[1]);
+}
+
+enum class Output : int { kRotated = 0, kTiled16 = 1, kTiled8 = 2, kPacked = 3 };
+
+// Everything that follows the token's range: quantize one chunk and store it.
+template <typename T, Format F, Output O>
+__device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token, int k0, const Chunk& c, float global,
+                                             int token_exponent, bool store) {
+  Chunk q;
+  if constexpr (O == Output::kRotated) {
+    if (store) store_tiled16<T>(a, token, k0, c, 1.0f);
+  } else if constexpr (F == Format::kNvfp4) {
+    const uint32_t byte = quantize_nvfp4(c, global, a.rule, q);
+    if (!store) return;
+    if constexpr (O == Output::kTiled16) store_tiled16<__nv_bfloat16>(a, token, k0, q, e4m3_to_float(byte));
+    if constexpr (O == Output::kPacked) {
+      if (k0 >= a.k) return;
+      store_packed(a, token, k0, q);
+      a.scales[(static_cast<int64_t>(token) * a.k + k0) / 16] = byte;
+    }
+  } else {
+    const int e = quantize_mxfp4(c, a.rule, q);
+    if (!store) return;
+    if constexpr (O == Output::kTiled16) store_tiled16<__nv_bfloat16>(a, token, k0, q, exp2_int(e));
+    if constexpr (O == Output::kTiled8) store_tiled8(a, token, k0, q, exp2_int(max(e - token_exponent, -40)));
+    if constexpr (O == Output::kPacked) {
+      if (k0 >= a.k) return;
+      store_packed(a, token, k0, q);
+      if ((k0 / 16) % 2 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 32] = e + 127;
+    }
+  }
+}
+
+// A warp takes 4 tokens x 128 values, so that tiled stores of a chunk are contiguous over tokens.
+template <typename T, Format F, Output O>
+__global__ void __launch_bounds__(128) activation_static_kernel(const ActivationArgs a) {
+  grid_dependency_wait();
+  grid_dependency_launch();
+  const int lane = threadIdx.x & 31;
+  const int k_blocks = (a.k_padded + 127) / 128;
+  const int unit = blockIdx.x * 4 + threadIdx.x / 32;
+  const int token = (unit / k_blocks) * 4 + lane / kLanesPerBlock;
+  const int k0 = (unit % k_blocks) * 128 + (lane % kLanesPerBlock) * kValues;
+  const float global = a.global != nullptr ? __ldg(a.global) : 1.0f;
+  if (blockIdx.x == 0 && threadIdx.x == 0 && a.token_scale != nullptr) a.token_scale[0] = __fdiv_rn(1.0f, global);
+  const bool valid = token < a.m && k0 < a.k;
+  Chunk c = load_chunk(static_cast<const T*>(a.x) + static_cast<int64_t>(token) * a.k + k0, valid);
+  rotate(c, a.hadamard);
+  finish_chunk<T, F, O>(a, token, k0, c, global, 0, token < a.m && k0 < a.k_padded);
+}
+
+// One block per token: the first pass finds the token's largest rotated value, the second quantizes under it.
+template <typename T, Format F, Output O>
+__global__ void __launch_bounds__(512) activation_dynamic_kernel(const ActivationArgs a) {
+  grid_dependency_wait();
+  grid_dependency_launch();
+  __shared__ float warp_max[16];
+  const int token = blockIdx.x;
+  const T* x = static_cast<const T*>(a.x) + static_cast<int64_t>(token) * a.k;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+
+  float amax = 0.0f;
+  for (int base = 0; base < a.k_padded; base += blockDim.x * kValues) {
+    const int k0 = base + threadIdx.x * kValues;
+    Chunk c = load_chunk(x + k0, k0 < a.k);
+    rotate(c, a.hadamard);
+    amax = fmaxf(amax, amax_of(c));
+  }
+#pragma unroll
+  for (int h = 16; h > 0; h /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, h));
+  if (lane == 0) warp_max[warp] = amax;
+  __syncthreads();
+  amax = warp_max[lane % warps];
+#pragma unroll
+  for (int h = 8; h > 0; h /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, h));
+
+  float global = 1.0f;
+  int token_exponent = 0;
+  if constexpr (F == Format::kNvfp4) {
+    global = amax > 0.0f ? __fdiv_rn(448.0f * 6.0f, amax) : 1.0f;
+    if (isinf(global)) global = 3.0e38f;
+    if (threadIdx.x == 0) a.token_scale[token] = __fdiv_rn(1.0f, global);
+  } else {
+    // The largest block lands at E4M3 exponent 6 (7 would overflow); rule mse may raise a block by one.
+    token_exponent = exponent_of_block(amax) + (a.rule == ScaleRule::kMse ? 1 : 0) - 6;
+    if (threadIdx.x == 0) a.token_scale[token] = ldexpf(1.0f, token_exponent);
+  }
+  for (int base = 0; base < a.k_padded; base += blockDim.x * kValues) {
+    const int k0 = base + threadIdx.x * kValues;
+    Chunk c = load_chunk(x + k0, k0 < a.k);
+    rotate(c, a.hadamard);
+    finish_chunk<T, F, O>(a, token, k0, c, global, token_exponent, k0 < a.k_padded);
+  }
+}
+
+template <typename T, Format F, Output O>
+void launch(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
+  if (dynamic) {
+    const int chunks = a.k_padded / kValues;
+    const int threads = chunks >= 512 ? 512 : chunks > 128 ? 256 : 128;
+    launch_after(activation_dynamic_kernel<T, F, O>, dim3(a.m), dim3(threads), 0, 1, stream, a);
+  } else {
+    const int units = (a.m + 3) / 4 * ((a.k_padded + 127) / 128);
+    launch_after(activation_static_kernel<T, F, O>, dim3((units + 3) / 4), dim3(128), 0, 1, stream, a);
+  }
+}
+
+template <typename T>
+void dispatch(const ActivationProblem& p, cudaStream_t stream) {
+  const ActivationArgs a{p.x,          p.global, p.out,        p.scales,   p.token_scale,
+                         p.m,          p.k,      p.k_padded,   p.token_tile, p.hadamard,
+                         static_cast<ScaleRule>(p.rule)};
+  const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
+  const bool dynamic = nvfp4 && p.global == nullptr;
+  if (p.packed) {
+    if (nvfp4) return launch<T, Format::kNvfp4, Output::kPacked>(a, dynamic, stream);
+    return launch<T, Format::kMxfp4, Output::kPacked>(a, false, stream);
+  }
+  if (!p.quantize) return launch<T, Format::kNvfp4, Output::kRotated>(a, false, stream);
+  if (nvfp4) return launch<T, Format::kNvfp4, Output::kTiled16>(a, dynamic, stream);
+  if (p.operand == static_cast<int>(Operand::kE4m3)) return launch<T, Format::kMxfp4, Output::kTiled8>(a, true, stream);
+  return launch<T, Format::kMxfp4, Output::kTiled16>(a, false, stream);
+}
+
+}  // namespace
+
+void run_activation(const ActivationProblem& p, cudaStream_t stream) {
+  if (p.m == 0) return;
+  if (p.x_is_bf16) return dispatch<__nv_bfloat16>(p, stream);
+  dispatch<__half>(p, stream);
+}
+
+}  // namespace fp4

@@ -1,0 +1,57 @@
+// Launchers behind the torch bindings: plain pointers and sizes, no torch types.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+namespace fp4 {
+
+struct ActivationProblem {
+  const void* x;        // bf16 or fp16 [M, K]
+  bool x_is_bf16;
+  const float* global;  // float32 [1], divisor, or null: per-token range
+  void* out;
+  uint8_t* scales;
+  float* token_scale;
+  int m, k, k_padded;
+  int token_tile;       // tokens per tile of the tiled output
+  int hadamard;         // 0 or 16..128
+  int rule;             // ScaleRule
+  int format;           // Format
+  int operand;          // Operand of the tiled output
+  bool quantize;        // false: rotate only
+  bool packed;          // codes and row-major scales instead of tiles
+};
+
+struct GemmProblem {
+  const uint8_t* weight;    // prepared weight
+  const float* row_scale;   // float32 [N]
+  const void* x;            // tiled tokens
+  const float* token_scale; // float32 [1] or [M], or null
+  int token_scale_stride;
+  const void* bias;         // output dtype [N], or null
+  void* out;                // bf16 or fp16 [M, N]
+  bool out_is_bf16;
+  int m, n, k_tiles;
+  int token_tile;
+  int format;
+  int operand;
+  int split;                // 0: chosen here
+};
+
+struct PrepareProblem {
+  const uint8_t* weight;  // uint8 [N, K/2]
+  const uint8_t* scale;   // E4M3 [N, K/16] or E8M0 [N, K/32]
+  const float* global;    // float32 [1] or null
+  uint8_t* packed;
+  float* row_scale;
+  int n, k;
+  int format;
+};
+
+void run_activation(const ActivationProblem& p, cudaStream_t stream);
+void run_gemm_sm90(const GemmProblem& p, cudaStream_t stream);
+void run_prepare(const PrepareProblem& p, cudaStream_t stream);
+void run_restore(const PrepareProblem& p, uint8_t* weight, uint8_t* scale, cudaStream_t stream);
+
+}  // namespace fp4

@@ -1,0 +1,72 @@
+"""One list of problem shapes for tests and benchmarks."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    m: int  # tokens
+    n: int  # out_features
+    k: int  # in_features
+
+    @property
+    def id(self) -> str:
+        return f"m{self.m}_n{self.n}_k{self.k}"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What a linear does with its tokens."""
+
+    format: str
+    activations: str
+    hadamard: int | None
+    rule: str = "absmax"
+    static: bool = True  # nvfp4 W4A4: input_global_scale given
+    fp8: bool = True
+    dtype: str = "bfloat16"
+
+    @property
+    def id(self) -> str:
+        extra = ("" if self.static else "_pertoken") + ("" if self.fp8 else "_nofp8")
+        return f"{self.format}_a{self.activations}_h{self.hadamard}_{self.rule}{extra}_{self.dtype}"
+
+
+# Decode sizes, odd M, every token tile, tails of N (multiple of 16, not of 64 or 128) and of K.
+SHAPES = [
+    Shape(1, 256, 256),
+    Shape(1, 4096, 4096),
+    Shape(3, 208, 384),
+    Shape(7, 1040, 1152),
+    Shape(8, 128, 14336),
+    Shape(13, 528, 640),
+    Shape(16, 6144, 4096),
+    Shape(31, 272, 896),
+    Shape(63, 1024, 2048),
+    Shape(65, 384, 1152),
+    Shape(128, 2048, 1024),
+    Shape(129, 336, 512),
+    Shape(257, 576, 1536),
+    Shape(515, 1040, 2176),
+]
+
+MODES = [
+    Mode("nvfp4", "bf16", None),
+    Mode("nvfp4", "bf16", 16, dtype="float16"),
+    Mode("nvfp4", "fp4", 16),
+    Mode("nvfp4", "fp4", 128, rule="four_over_six"),
+    Mode("nvfp4", "fp4", None, static=False, dtype="float16"),
+    Mode("nvfp4", "fp4", 64, rule="four_over_six", static=False),
+    Mode("mxfp4", "bf16", None),
+    Mode("mxfp4", "bf16", 64, dtype="float16"),
+    Mode("mxfp4", "fp4", 32),
+    Mode("mxfp4", "fp4", 128, rule="mse"),
+    Mode("mxfp4", "fp4", 32, rule="mse", fp8=False),
+    Mode("mxfp4", "fp4", None, dtype="float16"),
+]
+
+# The four linears of one Llama-3.1-8B layer (q, k, v and gate, up fused).
+LLAMA_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+
+# Error of a result against FP32 may be at most twice eager's plus this, relative to the norm of the result.
+FLOORS = {"bfloat16": 1e-3, "float16": 2e-4}

@@ -1,0 +1,119 @@
+"""Plain torch, FP32 and FP64: what the kernels must compute. Its tables come from the OCP MX and NVFP4 formats."""
+
+import math
+
+import torch
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def e2m1_values(codes: torch.Tensor) -> torch.Tensor:
+    table = torch.cat([E2M1, -E2M1]).to(codes.device)
+    return table[codes.long()]
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    return torch.stack([packed & 15, packed >> 4], -1).reshape(packed.shape[0], -1)
+
+
+def round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Codes of |x|; ties to the even code, saturating."""
+    a = x.abs()
+    code = (a > 0.25).int() + (a >= 0.75) + (a > 1.25) + (a >= 1.75) + (a > 2.5) + (a >= 3.5) + (a > 5)
+    return code | (torch.signbit(x).int() << 3)
+
+
+def hadamard_matrix(size: int, device) -> torch.Tensor:
+    h = torch.ones(1, 1, dtype=torch.float64, device=device)
+    while h.shape[0] < size:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    return h / math.sqrt(size)
+
+
+def rotate(x: torch.Tensor, size: int | None) -> torch.Tensor:
+    x = x.double()
+    if size is not None:
+        x = (x.view(x.shape[0], -1, size) @ hadamard_matrix(size, x.device)).view(x.shape)
+    return x.float()
+
+
+def e4m3(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(max=448.0).to(torch.float8_e4m3fn).float().clamp(min=2.0**-9)
+
+
+def quantize_nvfp4(x: torch.Tensor, g: torch.Tensor, rule: str):
+    """x: rotated float32 [M, K]; g: [1] or [M, 1] divisor. Codes [M, K], scales [M, K/16] (float)."""
+    blocks = x.view(x.shape[0], -1, 16)
+    g = g.view(-1, 1)
+    amax = blocks.abs().amax(-1)
+
+    def under(target):
+        s = e4m3(amax / target * g)
+        codes = round_e2m1(blocks * (g / s)[..., None])
+        error = (blocks - e2m1_values(codes) * (s / g)[..., None]).square().sum(-1)
+        return s, codes, error
+
+    s, codes, error = under(6.0)
+    if rule == "four_over_six":
+        s4, codes4, error4 = under(4.0)
+        four = error4 < error
+        s, codes = torch.where(four, s4, s), torch.where(four[..., None], codes4, codes)
+    return codes.view(x.shape), s
+
+
+def quantize_mxfp4(x: torch.Tensor, rule: str):
+    """Codes [M, K], exponents [M, K/32]."""
+    blocks = x.view(x.shape[0], -1, 32)
+    amax = blocks.abs().amax(-1)
+    e = torch.where(amax > 0, torch.frexp(amax).exponent - 1 - 2, -127).clamp(-127, 127)
+
+    def under(e):
+        codes = round_e2m1(torch.ldexp(blocks.double(), -e[..., None]).float())
+        value = torch.ldexp(e2m1_values(codes).double(), e[..., None]).float()
+        return codes, (blocks - value).square().sum(-1)
+
+    codes, error = under(e)
+    if rule == "mse":
+        codes1, error1 = under(e + 1)
+        up = error1 < error
+        e, codes = torch.where(up, e + 1, e), torch.where(up[..., None], codes1, codes)
+    return codes.view(x.shape), e
+
+
+def dynamic_global(x: torch.Tensor) -> torch.Tensor:
+    amax = x.abs().amax(-1, keepdim=True)
+    return torch.where(amax > 0, 448.0 * 6.0 / amax, 1.0)
+
+
+def activation_values(x: torch.Tensor, mode, input_global_scale) -> torch.Tensor:
+    """Rotated and, for "fp4", quantized and dequantized tokens, float64 [M, K]."""
+    x = rotate(x, mode.hadamard)
+    if mode.activations == "bf16":
+        return x.double()
+    if mode.format == "nvfp4":
+        g = dynamic_global(x) if input_global_scale is None else input_global_scale
+        codes, s = quantize_nvfp4(x, g, mode.rule)
+        return e2m1_values(codes).double() * s.double().repeat_interleave(16, 1) / g.double().view(-1, 1)
+    codes, e = quantize_mxfp4(x, mode.rule)
+    return torch.ldexp(e2m1_values(codes).double(), e.repeat_interleave(32, 1))
+
+
+def weight_values(weight, weight_scale, weight_global_scale) -> torch.Tensor:
+    """float64 [N, K]."""
+    values = e2m1_values(unpack(weight)).double()
+    if weight_scale.dtype == torch.uint8:
+        return torch.ldexp(values, weight_scale.int().repeat_interleave(32, 1) - 127)
+    return values * weight_scale.double().repeat_interleave(16, 1) / weight_global_scale.double()
+
+
+def random_weight(n: int, k: int, format: str, device, spread: int = 3):
+    """Random codes and scales: weight, weight_scale, weight_global_scale."""
+    weight = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    if format == "mxfp4":
+        return weight, torch.randint(118 - spread, 119, (n, k // 32), dtype=torch.uint8, device=device), None
+    bytes_ = torch.randint(0x38, 0x78, (n, k // 16), dtype=torch.uint8, device=device)
+    return weight, bytes_.view(torch.float8_e4m3fn), torch.tensor([2048.0 * 1.37], device=device)
+
+
+def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((y.double() - reference).norm() / reference.norm().clamp(min=1e-300)).item()

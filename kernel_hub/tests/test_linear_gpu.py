@@ -1,0 +1,226 @@
+"""Every op on the GPU against reference.py: results, independence of rows, repeatability, graphs, streams, compile."""
+
+import pytest
+import reference as ref
+import torch
+import torch.nn.functional as F
+from problems import FLOORS, MODES, SHAPES, Mode, Shape
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def make(shape, mode, seed=0, x=None):
+    torch.manual_seed(seed + shape.m * 7 + shape.k)
+    dtype = getattr(torch, mode.dtype)
+    if x is None:
+        x = torch.randn(shape.m, shape.k, device="cuda") * torch.rand(shape.m, 1, device="cuda").mul(3).exp2()
+    x = x.to(dtype)
+    weight = ref.random_weight(shape.n, shape.k, mode.format, "cuda")
+    bias = torch.randn(shape.n, device="cuda", dtype=dtype)
+    static = mode.format == "nvfp4" and mode.activations == "fp4" and mode.static
+    g = torch.tensor([64.0], device="cuda") if static else None
+    return x, weight, bias, g
+
+
+def call(kernels, x, prepared, bias, mode, g):
+    return kernels.linear(
+        x, *prepared, bias, activations=mode.activations, hadamard=mode.hadamard, rule=mode.rule,
+        input_global_scale=g, fp8=mode.fp8,
+    )  # fmt: skip
+
+
+def check(y, x, weight, bias, mode, g):
+    values, w = ref.activation_values(x, mode, g), ref.weight_values(*weight)
+    exact = values @ w.T + (0 if bias is None else bias.double())
+    # Eager 16-bit with the same quantized operands (scaled into range), and the same bias.
+    operand = torch.bfloat16 if mode.activations == "fp4" else x.dtype
+    sw = w.abs().amax()
+    sx = values.abs().amax().clamp(min=1e-30)
+    eager = F.linear((values / sx).to(operand), (w / sw).to(operand)).double() * (sw * sx)
+    eager = (eager + (0 if bias is None else bias.double())).to(x.dtype)
+    error, limit = ref.relative_error(y, exact), 2 * ref.relative_error(eager, exact) + FLOORS[mode.dtype]
+    assert torch.isfinite(y).all()
+    assert error <= limit, f"error {error:.2e}, limit {limit:.2e}"
+    if mode.activations == "fp4":  # must be nearer to the quantized tokens' result than to the unquantized one's
+        plain = ref.rotate(x, mode.hadamard).double() @ w.T + (0 if bias is None else bias.double())
+        assert error < ref.relative_error(y, plain)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.id)
+def test_linear(kernels, shape, mode):
+    if shape.k % (mode.hadamard or 32):
+        pytest.skip("the rotation does not divide K")
+    x, weight, bias, g = make(shape, mode)
+    prepared = kernels.prepare_weight(*weight)
+    if shape.m % 2:
+        bias = None
+    y = call(kernels, x, prepared, bias, mode, g)
+    assert y.shape == (shape.m, shape.n) and y.dtype == x.dtype
+    check(y, x, weight, bias, mode, g)
+    assert torch.equal(y, call(kernels, x, prepared, bias, mode, g)), "two runs differ"
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+def test_all_positive(kernels, mode):
+    """Nothing cancels: a short accumulator would lose the small addends."""
+    shape = Shape(24, 128, 14336)
+    x, weight, _, g = make(shape, mode, x=torch.rand(24, 14336, device="cuda") + 0.5)
+    weight = (weight[0] & 0x77, *weight[1:])
+    if mode.hadamard is not None:  # undo the rotation, so that rotated tokens are all positive
+        x = ref.rotate(x, mode.hadamard).to(x.dtype)
+    check(call(kernels, x, kernels.prepare_weight(*weight), None, mode, g), x, weight, None, mode, g)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+@pytest.mark.parametrize("exponent", [-20, -6, 6, 12])
+def test_extreme_scales(kernels, mode, exponent):
+    shape = Shape(17, 80, 512)
+    x, weight, bias, g = make(shape, mode)
+    if mode.dtype == "float16" and abs(exponent) > 6:
+        pytest.skip("outside float16")
+    x = (torch.randn(17, 512, device="cuda") * 2.0**exponent).to(x.dtype)
+    if g is not None:
+        g = torch.tensor([2.0 ** (6 - exponent)], device="cuda")
+    if mode.format == "mxfp4":
+        scales = torch.randint(100, 112, (80, 16), dtype=torch.uint8, device="cuda")
+        scales[::3, ::2] = 0
+        weight = (weight[0], scales, None)
+    else:
+        scales = torch.randint(0, 0x7F, (80, 32), dtype=torch.uint8, device="cuda")
+        weight = (weight[0], scales.view(torch.float8_e4m3fn), torch.tensor([1e5], device="cuda"))
+    check(call(kernels, x, kernels.prepare_weight(*weight), None, mode, g), x, weight, None, mode, g)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+def test_zero_tokens_and_zero_input(kernels, mode):
+    x, weight, bias, g = make(Shape(5, 64, 256), mode)
+    prepared = kernels.prepare_weight(*weight)
+    assert call(kernels, x[:0], prepared, bias, mode, g).shape == (0, 64)
+    y = call(kernels, torch.zeros_like(x), prepared, bias, mode, g)
+    assert torch.equal(y, bias.expand(5, -1))
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+@pytest.mark.parametrize("m", [3, 8, 40, 200, 300])
+def test_rows_are_independent(kernels, mode, m):
+    """A token's bits do not depend on the other tokens' contents, not even on NaN."""
+    shape = Shape(m, 144, 640)
+    x, weight, bias, g = make(shape, mode)
+    prepared = kernels.prepare_weight(*weight)
+    y = call(kernels, x, prepared, bias, mode, g)
+    other = torch.randn_like(x) * 100
+    other[1] = x[1]
+    other[2] = float("nan")
+    assert torch.equal(call(kernels, other, prepared, bias, mode, g)[1], y[1])
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("n, k", [(16, 32), (80, 96), (64, 64), (1040, 1184), (256, 4096)])
+def test_restore_gives_the_stored_bytes(kernels, format, n, k):
+    weight, scale, global_scale = ref.random_weight(n, k, format, "cuda")
+    if format == "nvfp4":  # every E4M3 byte that is not negative and not NaN
+        scale = torch.randint(0, 0x7F, scale.shape, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+    else:
+        scale = torch.randint(1, 250, scale.shape, dtype=torch.uint8, device="cuda")
+    prepared = kernels.prepare_weight(weight, scale, global_scale)
+    w, s = kernels.restore_weight(*prepared, n, k)
+    assert torch.equal(w, weight)
+    assert s.dtype == scale.dtype and torch.equal(s.view(torch.uint8), scale.view(torch.uint8))
+
+
+@pytest.mark.parametrize("hadamard", [None, 16, 32, 64, 128])
+@pytest.mark.parametrize("format, rule", [("nvfp4", "absmax"), ("nvfp4", "four_over_six"), ("mxfp4", "absmax"), ("mxfp4", "mse")])
+@pytest.mark.parametrize("static", [True, False])
+def test_rotate_quantize(kernels, hadamard, format, rule, static):
+    x = torch.randn(37, 1152, device="cuda", dtype=torch.bfloat16)
+    g = torch.tensor([128.0], device="cuda") if static and format == "nvfp4" else None
+    codes, scales, token_scale = kernels.rotate_quantize(x, format=format, hadamard=hadamard, rule=rule, input_global_scale=g)
+    rotated = ref.rotate(x, hadamard)
+    if format == "nvfp4":
+        divisor = ref.dynamic_global(rotated) if g is None else g
+        want, s = ref.quantize_nvfp4(rotated, divisor, rule)
+        same_scale = scales.float() == s
+        torch.testing.assert_close(token_scale.view(-1), (1 / divisor).view(-1), rtol=1e-6, atol=0)
+    else:
+        want, e = ref.quantize_mxfp4(rotated, rule)
+        same_scale = scales.int() - 127 == e
+    same = ref.unpack(codes) == want
+    # FP32 butterflies and the FP64 reference may fall on two sides of a tie; unrotated values may not.
+    allowed = 0 if hadamard is None and (static or format == "mxfp4") else 1e-3
+    assert (~same).double().mean().item() <= allowed
+    assert (~same_scale).double().mean().item() <= allowed
+
+
+def test_ties_round_to_even(kernels):
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.2495, 0.2505, 5.01, 4.99, 0.0, -0.25, -1.75, -6.0])
+    want = torch.tensor([0, 2, 2, 4, 4, 6, 6, 7, 0, 1, 7, 6, 0, 8, 12, 15])
+    x = ties.to(torch.float16).repeat(4).view(1, 64).cuda()
+    for format in ("nvfp4", "mxfp4"):
+        g = torch.ones(1, device="cuda") if format == "nvfp4" else None
+        codes, _, _ = kernels.rotate_quantize(x, format=format, input_global_scale=g)
+        assert torch.equal(ref.unpack(codes).cpu().view(4, 16).long(), want.expand(4, -1))
+
+
+def test_shared_activation_equals_linear(kernels):
+    mode = Mode("nvfp4", "fp4", 16)
+    x, weight, bias, g = make(Shape(20, 320, 512), mode)
+    prepared = kernels.prepare_weight(*weight)
+    tokens = kernels.prepare_activation(x.view(4, 5, 512), format="nvfp4", hadamard=16, input_global_scale=g)
+    y = kernels.gemm(tokens, *prepared, bias)
+    assert y.shape == (4, 5, 320)
+    assert torch.equal(y.view(20, 320), call(kernels, x, prepared, bias, mode, g))
+
+
+@pytest.mark.parametrize("mode", [MODES[2], MODES[8], MODES[0]], ids=lambda m: m.id)
+@pytest.mark.parametrize("m", [1, 16, 200])
+def test_graph_and_streams(kernels, mode, m):
+    x, weight, bias, g = make(Shape(m, 512, 1024), mode)
+    prepared = kernels.prepare_weight(*weight)
+    y = call(kernels, x, prepared, bias, mode, g)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(kernels, x, prepared, bias, mode, g)
+        again = call(kernels, x, prepared, bias, mode, g)
+    graph.replay()
+    assert torch.equal(captured, y) and torch.equal(again, y)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    outs = []
+    for i in range(32):
+        with torch.cuda.stream(streams[i % 4]):
+            outs.append(call(kernels, x, prepared, bias, mode, g))
+    torch.cuda.synchronize()
+    assert all(torch.equal(o, y) for o in outs)
+
+
+@pytest.mark.parametrize("mode", [MODES[2], MODES[8]], ids=lambda m: m.id)
+def test_compile_fullgraph(kernels, mode):
+    x, weight, bias, g = make(Shape(9, 256, 512), mode)
+    prepared = kernels.prepare_weight(*weight)
+
+    def two(x):
+        return call(kernels, x, prepared, bias, mode, g) * 2
+
+    assert torch.equal(torch.compile(two, fullgraph=True, backend="aot_eager")(x), two(x))
+
+
+def test_errors_say_what_to_do(kernels):
+    x = torch.randn(2, 64, device="cuda", dtype=torch.bfloat16)
+    weight = ref.random_weight(64, 64, "nvfp4", "cuda")
+    with pytest.raises(ValueError, match="nvfp4 weights need weight_global_scale"):
+        kernels.prepare_weight(*weight[:2])
+    with pytest.raises(ValueError, match="must be one of .* for nvfp4"):
+        kernels.rotate_quantize(x, format="nvfp4", rule="mse")
+    with pytest.raises(ValueError, match="divides in_features 64"):
+        kernels.rotate_quantize(x, format="nvfp4", hadamard=128)
+
+
+def test_fp8_exact_finds_far_blocks(kernels):
+    weight, scale, _ = ref.random_weight(64, 256, "mxfp4", "cuda")
+    assert kernels.fp8_exact(weight, scale)
+    scale[5, 3] = 118 - 15
+    scale[5, 0] = 118
+    assert not kernels.fp8_exact(weight, scale)
+    weight[5, 3 * 16 : 4 * 16] = 0x80
+    assert kernels.fp8_exact(weight, scale)

@@ -1,0 +1,31 @@
+"""FP4 (NVFP4 and MXFP4) linear layers on the GPU: rotation, quantization, and matrix products with 4-bit weights.
+
+A weight is re-laid out once (`prepare_weight`); `linear` then runs any number of tokens. On compute capability 9.0 the
+compiled variant runs CUDA kernels, everywhere else (8.0 and newer) Triton ones. See the functions for shapes.
+"""
+
+from ._linear import (
+    PreparedTokens,
+    PreparedWeight,
+    backend_of,
+    fp8_exact,
+    gemm,
+    linear,
+    prepare_activation,
+    prepare_weight,
+    restore_weight,
+    rotate_quantize,
+)
+
+__all__ = [
+    "PreparedTokens",
+    "PreparedWeight",
+    "backend_of",
+    "fp8_exact",
+    "gemm",
+    "linear",
+    "prepare_activation",
+    "prepare_weight",
+    "restore_weight",
+    "rotate_quantize",
+]

@@ -1,0 +1,77 @@
+"""Fake implementations of the compiled ops (their schemas are in torch_binding.cpp), and what integers mean in them."""
+
+import torch
+
+from ._ops import add_op_namespace_prefix, ops
+
+FORMATS = {"nvfp4": 0, "mxfp4": 1}
+RULES = {"absmax": 0, "four_over_six": 1, "mse": 2}
+OPERANDS = {"bf16": 0, "fp16": 1, "e4m3": 2}
+TILE_BYTES = {"nvfp4": 2304, "mxfp4": 2176}  # a prepared tile: 64 rows x 64 k
+
+
+def is_compiled() -> bool:
+    return hasattr(ops, "prepared_linear")
+
+
+def _div_up(a, b):
+    return (a + b - 1) // b
+
+
+def _token_tile(m, operand):
+    for tile in (8, 16, 32, 64):
+        if m <= tile:
+            return tile
+    return 256 if m > 128 and operand != OPERANDS["e4m3"] else 128
+
+
+def _register_fakes() -> None:
+    @torch.library.register_fake(add_op_namespace_prefix("prepare_weight"))
+    def _(weight, scale, global_scale):
+        n, k = weight.shape[0], weight.shape[1] * 2
+        tile = TILE_BYTES["nvfp4" if scale.dtype == torch.float8_e4m3fn else "mxfp4"]
+        packed = weight.new_empty((_div_up(n, 64), _div_up(k, 64), tile))
+        return packed, weight.new_empty((n,), dtype=torch.float32)
+
+    @torch.library.register_fake(add_op_namespace_prefix("restore_weight"))
+    def _(packed, row_scale, n, k):
+        if packed.shape[2] == TILE_BYTES["nvfp4"]:
+            scale = packed.new_empty((n, k // 16), dtype=torch.float8_e4m3fn)
+        else:
+            scale = packed.new_empty((n, k // 32))
+        return packed.new_empty((n, k // 2)), scale
+
+    @torch.library.register_fake(add_op_namespace_prefix("rotate_quantize"))
+    def _(x, global_scale, format, hadamard, rule):
+        k = x.shape[-1]
+        m = x.numel() // k
+        codes = x.new_empty((m, k // 2), dtype=torch.uint8)
+        if format == FORMATS["nvfp4"]:
+            scales = x.new_empty((m, k // 16), dtype=torch.float8_e4m3fn)
+        else:
+            scales = x.new_empty((m, k // 32), dtype=torch.uint8)
+        per_token = format == FORMATS["nvfp4"] and global_scale is None
+        return codes, scales, x.new_empty((m if per_token else 1,), dtype=torch.float32)
+
+    @torch.library.register_fake(add_op_namespace_prefix("prepare_activation"))
+    def _(x, global_scale, format, operand, quantize, hadamard, rule):
+        k = x.shape[-1]
+        m = x.numel() // k
+        tile = _token_tile(m, operand)
+        size = _div_up(m, tile) * tile * _div_up(k, 64) * 64 * (1 if operand == OPERANDS["e4m3"] else 2)
+        per_token = operand == OPERANDS["e4m3"] or (format == FORMATS["nvfp4"] and global_scale is None)
+        scales = (m if per_token else 1) if quantize else 0
+        return x.new_empty((size,), dtype=torch.uint8), x.new_empty((scales,), dtype=torch.float32)
+
+    @torch.library.register_fake(add_op_namespace_prefix("prepared_gemm"))
+    def _(tokens, token_scale, packed, row_scale, bias, m, operand, out_is_bf16, split):
+        dtype = torch.bfloat16 if out_is_bf16 else torch.float16
+        return tokens.new_empty((m, row_scale.shape[0]), dtype=dtype)
+
+    @torch.library.register_fake(add_op_namespace_prefix("prepared_linear"))
+    def _(x, packed, row_scale, bias, global_scale, operand, quantize, hadamard, rule):
+        return x.new_empty((x.numel() // x.shape[-1], row_scale.shape[0]))
+
+
+if is_compiled():
+    _register_fakes()

@@ -1,0 +1,225 @@
+"""The public functions: checks in one place, then the compiled ops (compute capability 9.0) or the Triton ops."""
+
+from typing import NamedTuple
+
+import torch
+
+from . import _triton
+from ._cuda import FORMATS, OPERANDS, RULES, TILE_BYTES, is_compiled
+from ._ops import ops
+
+_ALLOWED_RULES = {"nvfp4": ("absmax", "four_over_six"), "mxfp4": ("absmax", "mse")}
+_GROUPS = {"nvfp4": 16, "mxfp4": 32}
+
+
+class PreparedWeight(NamedTuple):
+    """A weight as the kernels read it. `packed` has three dimensions for the CUDA kernels, two for the Triton ones."""
+
+    packed: torch.Tensor  # uint8
+    row_scale: torch.Tensor  # float32 [N], what a row's results are multiplied by
+
+
+class PreparedTokens(NamedTuple):
+    """Rotated (and quantized) tokens, to be shared by linears that have the same input and rotation."""
+
+    tokens: torch.Tensor
+    token_scale: torch.Tensor  # float32 [M], [1] or [0] (none), a multiplier
+    shape: tuple[int, ...]  # of the input without its last dimension
+    dtype: torch.dtype  # of the results
+    operand: str  # "bf16", "fp16" or "e4m3"; "triton" for the Triton kernels
+
+
+def backend_of(device: torch.device | int | None = None) -> str:
+    """ "cuda" or "triton": what runs on this GPU. RuntimeError if nothing does."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability == (9, 0) and is_compiled():
+        return "cuda"
+    if capability >= (8, 0):
+        return "triton"
+    raise RuntimeError(f"hf_fp4_kernels needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}")
+
+
+def _format_of_scale(weight_scale: torch.Tensor) -> str:
+    if weight_scale.dtype == torch.float8_e4m3fn:
+        return "nvfp4"
+    if weight_scale.dtype == torch.uint8:
+        return "mxfp4"
+    raise ValueError(f"weight_scale must be float8_e4m3fn (nvfp4) or uint8 (mxfp4), got {weight_scale.dtype}")
+
+
+def _format_of_packed(packed: torch.Tensor, in_features: int) -> str:
+    if packed.dim() == 3:
+        return "nvfp4" if packed.shape[2] == TILE_BYTES["nvfp4"] else "mxfp4"
+    return "nvfp4" if packed.shape[1] == in_features // 2 + in_features // 16 else "mxfp4"
+
+
+def _check_rule(format: str, rule: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format must be 'nvfp4' or 'mxfp4', got {format!r}")
+    if rule not in _ALLOWED_RULES[format]:
+        raise ValueError(f"rule must be one of {_ALLOWED_RULES[format]} for {format}, got {rule!r}")
+
+
+def _check_activation(x: torch.Tensor, format: str, hadamard: int | None) -> None:
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"x must be bfloat16 or float16, got {x.dtype}")
+    k = x.shape[-1]
+    if k % _GROUPS[format]:
+        raise ValueError(f"in_features must be a multiple of {_GROUPS[format]} for {format}, got {k}")
+    if hadamard is not None and (hadamard not in (16, 32, 64, 128) or k % hadamard):
+        raise ValueError(f"hadamard must be None or one of 16, 32, 64, 128 that divides in_features {k}, got {hadamard}")
+
+
+def prepare_weight(
+    weight: torch.Tensor, weight_scale: torch.Tensor, weight_global_scale: torch.Tensor | None = None
+) -> PreparedWeight:
+    """Re-lays out a stored weight for the kernels of its GPU. Once at load.
+
+    weight: uint8 [N, K/2], low nibble = even k; N a multiple of 16.
+    weight_scale: float8_e4m3fn [N, K/16] (nvfp4, not negative, finite) or uint8 E8M0 [N, K/32] (mxfp4).
+    weight_global_scale: float32 [1], divisor (nvfp4) or None.
+    """
+    format = _format_of_scale(weight_scale)
+    n, k = weight.shape[0], weight.shape[1] * 2
+    if n % 16 or k % _GROUPS[format]:
+        raise ValueError(f"weight must be [multiple of 16, multiple of {_GROUPS[format]}] for {format}, got {n} x {k}")
+    if format == "nvfp4" and weight_global_scale is None:
+        raise ValueError("nvfp4 weights need weight_global_scale, got None")
+    if backend_of(weight.device) == "cuda":
+        return PreparedWeight(*ops.prepare_weight(weight.contiguous(), weight_scale.contiguous(), weight_global_scale))
+    return PreparedWeight(*_triton.prepare_weight(weight, weight_scale, weight_global_scale))
+
+
+def restore_weight(
+    packed: torch.Tensor, row_scale: torch.Tensor, out_features: int, in_features: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `prepare_weight`: the stored `weight` and `weight_scale`, byte for byte."""
+    if packed.dim() == 3:
+        return ops.restore_weight(packed, row_scale, out_features, in_features)
+    return _triton.restore_weight(packed, in_features, _format_of_packed(packed, in_features))
+
+
+def fp8_exact(weight: torch.Tensor, weight_scale: torch.Tensor) -> bool:
+    """Whether an mxfp4 weight expands to E4M3 without error: no block 2^15 or more below its row's largest.
+
+    weight: uint8 [N, K/2]; weight_scale: uint8 [N, K/32]. Reads the result back, so call it at load, not in forward.
+    """
+    used = (weight.view(weight.shape[0], -1, 16) & 0x77).amax(-1) > 0
+    below = weight_scale.amax(1, keepdim=True).int() - weight_scale.int()
+    return not bool((used & (below > 14)).any())
+
+
+def rotate_quantize(
+    x: torch.Tensor,
+    *,
+    format: str,
+    hadamard: int | None = None,
+    rule: str = "absmax",
+    input_global_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rotates and quantizes tokens to plain bytes: codes uint8 [M, K/2] (low nibble = even k), block scales
+    float8_e4m3fn [M, K/16] or uint8 [M, K/32], and a multiplier float32 [1] or [M]: value = code * scale * multiplier.
+
+    x: bf16 or fp16 [..., K]. input_global_scale: float32 [1], divisor (nvfp4); None: per token.
+    """
+    _check_rule(format, rule)
+    _check_activation(x, format, hadamard)
+    arguments = (x.contiguous(), input_global_scale, FORMATS[format], hadamard or 0, RULES[rule])
+    if backend_of(x.device) == "cuda":
+        return ops.rotate_quantize(*arguments)
+    return _triton.ops_rotate_quantize(*arguments)
+
+
+def _operand(format: str, activations: str, dtype: torch.dtype, fp8: bool) -> str:
+    if activations not in ("fp4", "bf16"):
+        raise ValueError(f"activations must be 'fp4' or 'bf16', got {activations!r}")
+    if activations == "bf16":
+        return "bf16" if dtype == torch.bfloat16 else "fp16"
+    return "e4m3" if format == "mxfp4" and fp8 else "bf16"
+
+
+def prepare_activation(
+    x: torch.Tensor,
+    *,
+    format: str,
+    activations: str = "fp4",
+    hadamard: int | None = None,
+    rule: str = "absmax",
+    input_global_scale: torch.Tensor | None = None,
+    fp8: bool = True,
+) -> PreparedTokens:
+    """Rotates (and for "fp4" quantizes) tokens once, for several linears with the same input: see `gemm`.
+
+    x: bf16 or fp16 [..., K]. activations: "fp4" or "bf16" (weight-only; the 16-bit dtype of x).
+    fp8: for mxfp4 W4A4, multiply in E4M3; the weight must be `fp8_exact`.
+    """
+    _check_rule(format, rule)
+    _check_activation(x, format, hadamard)
+    x = x.contiguous()
+    quantize = activations == "fp4"
+    operand = _operand(format, activations, x.dtype, fp8)
+    if backend_of(x.device) == "cuda":
+        tokens, token_scale = ops.prepare_activation(
+            x, input_global_scale, FORMATS[format], OPERANDS[operand], quantize, hadamard or 0, RULES[rule]
+        )
+    else:
+        operand = "triton"
+        tokens, token_scale = _triton.ops_prepare_activation(
+            x, input_global_scale, FORMATS[format], quantize, hadamard or 0, RULES[rule]
+        )
+    return PreparedTokens(tokens, token_scale, tuple(x.shape[:-1]), x.dtype, operand)
+
+
+def gemm(
+    prepared: PreparedTokens, packed: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """tokens x weight^T + bias: [..., N] in the dtype of the tokens' input. Same weight format as the tokens' `format`."""
+    n = row_scale.shape[0]
+    if prepared.operand == "triton":
+        y = _triton.ops_gemm(prepared.tokens, prepared.token_scale, packed, row_scale, bias, prepared.dtype == torch.bfloat16)
+    else:
+        m = 1
+        for size in prepared.shape:
+            m *= size
+        y = ops.prepared_gemm(
+            prepared.tokens, prepared.token_scale, packed, row_scale, bias, m, OPERANDS[prepared.operand],
+            prepared.dtype == torch.bfloat16, 0,
+        )  # fmt: skip
+    return y.view(*prepared.shape, n)
+
+
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    row_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activations: str = "fp4",
+    hadamard: int | None = None,
+    rule: str = "absmax",
+    input_global_scale: torch.Tensor | None = None,
+    fp8: bool = True,
+) -> torch.Tensor:
+    """y = quantize(rotate(x)) x weight^T + bias, [..., N] in the dtype of x, FP32 accumulation.
+
+    x: bf16 or fp16 [..., K]; packed, row_scale: from `prepare_weight`; bias: [N] in the dtype of x.
+    activations: "fp4" (W4A4) or "bf16" (W4A16). hadamard: None, 16, 32, 64 or 128.
+    rule: "absmax", "four_over_six" (nvfp4) or "mse" (mxfp4).
+    input_global_scale: float32 [1], divisor, nvfp4 W4A4; None: per token.
+    fp8: False where `fp8_exact` said so (mxfp4 W4A4): multiply in bf16 instead of E4M3.
+    """
+    format = _format_of_packed(packed, x.shape[-1])
+    _check_rule(format, rule)
+    _check_activation(x, format, hadamard)
+    x = x.contiguous()
+    quantize = activations == "fp4"
+    operand = _operand(format, activations, x.dtype, fp8)
+    if packed.dim() == 3:
+        y = ops.prepared_linear(
+            x, packed, row_scale, bias, input_global_scale, OPERANDS[operand], quantize, hadamard or 0, RULES[rule]
+        )
+    else:
+        y = _triton.ops_linear(
+            x, packed, row_scale, bias, input_global_scale, FORMATS[format], quantize, hadamard or 0, RULES[rule]
+        )
+    return y.view(*x.shape[:-1], row_scale.shape[0])

@@ -1,0 +1,133 @@
+"""Ops of the Triton kernels. A prepared weight is the stored bytes, a row's scales behind its codes."""
+
+import torch
+
+from ._ops import add_op_namespace_prefix
+
+NVFP4 = 0
+
+
+def prepare_weight(weight, weight_scale, weight_global_scale):
+    """packed uint8 [N, K/2 + K/16 or K/32]; row_scale float32 [N]: 1/global, or 2^(largest exponent of the row)."""
+    packed = torch.cat([weight, weight_scale.view(torch.uint8)], dim=1)
+    if weight_scale.dtype == torch.float8_e4m3fn:
+        row_scale = (1.0 / weight_global_scale.float()).expand(weight.shape[0]).contiguous()
+    else:
+        row_scale = torch.ldexp(torch.ones((), device=weight.device), weight_scale.amax(1).int() - 127)
+    return packed, row_scale
+
+
+def restore_weight(packed, in_features, format):
+    codes, scales = packed[:, : in_features // 2].contiguous(), packed[:, in_features // 2 :].contiguous()
+    return codes, scales.view(torch.float8_e4m3fn) if format == "nvfp4" else scales
+
+
+def _run_activation(x, global_scale, format, quantize, packed, hadamard, rule):
+    from . import _triton_kernels as kernels
+
+    k = x.shape[-1]
+    m = x.numel() // k
+    group = 16 if format == NVFP4 else 32
+    per_token = quantize and format == NVFP4 and global_scale is None
+    value = code = scale = x
+    token_scale = x.new_empty((m if per_token else 1 if quantize else 0,), dtype=torch.float32)
+    if packed:
+        code = x.new_empty((m, k // 2), dtype=torch.uint8)
+        scale = x.new_empty((m, k // group), dtype=torch.uint8)
+    else:
+        value = x.new_empty((m, k), dtype=torch.bfloat16 if quantize else x.dtype)
+    rows = 4 if m <= 64 else 16
+    grid = ((m + rows - 1) // rows, (k + 127) // 128)
+    amax = x
+    if m > 0:
+        if per_token:
+            amax = torch.zeros((m,), dtype=torch.int32, device=x.device)
+            kernels.token_amax_kernel[grid](x, amax, m, k, HADAMARD=hadamard, BM=rows)
+        kernels.activation_kernel[grid](
+            x, x if global_scale is None else global_scale, amax, value, code, scale, token_scale, m, k,
+            HADAMARD=hadamard, FORMAT=format, RULE=rule, QUANTIZE=quantize, PACKED=packed, PER_TOKEN=per_token, BM=rows,
+        )  # fmt: skip
+    return value, code, scale, token_scale
+
+
+def _run_gemm(tokens, token_scale, packed, row_scale, bias, out_dtype):
+    from . import _triton_kernels as kernels
+
+    m, k = tokens.shape
+    n = row_scale.shape[0]
+    out = tokens.new_empty((m, n), dtype=out_dtype)
+    if m > 0:
+        format = NVFP4 if packed.shape[1] == k // 2 + k // 16 else 1
+        block_m = 16 if m <= 16 else 32 if m <= 32 else 64
+        grid = ((m + block_m - 1) // block_m, (n + 63) // 64)
+        kernels.gemm_kernel[grid](
+            tokens, packed, row_scale, token_scale, row_scale if bias is None else bias, out, m, n, k,
+            1 if token_scale.shape[0] > 1 else 0,
+            FORMAT=format, HAS_TOKEN_SCALE=token_scale.shape[0] > 0, HAS_BIAS=bias is not None,
+            BM=block_m, BN=64, BK=128, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op(add_op_namespace_prefix("triton_rotate_quantize"), mutates_args=())
+def ops_rotate_quantize(
+    x: torch.Tensor, global_scale: torch.Tensor | None, format: int, hadamard: int, rule: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with torch.cuda.device(x.device):
+        _, code, scale, token_scale = _run_activation(x, global_scale, format, True, True, hadamard, rule)
+    return code, scale.view(torch.float8_e4m3fn) if format == NVFP4 else scale, token_scale
+
+
+@ops_rotate_quantize.register_fake
+def _(x, global_scale, format, hadamard, rule):
+    k = x.shape[-1]
+    m = x.numel() // k
+    nvfp4 = format == NVFP4
+    scale = x.new_empty((m, k // (16 if nvfp4 else 32)), dtype=torch.float8_e4m3fn if nvfp4 else torch.uint8)
+    rows = m if nvfp4 and global_scale is None else 1
+    return x.new_empty((m, k // 2), dtype=torch.uint8), scale, x.new_empty((rows,), dtype=torch.float32)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("triton_prepare_activation"), mutates_args=())
+def ops_prepare_activation(
+    x: torch.Tensor, global_scale: torch.Tensor | None, format: int, quantize: bool, hadamard: int, rule: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.cuda.device(x.device):
+        value, _, _, token_scale = _run_activation(x, global_scale, format, quantize, False, hadamard, rule)
+    return value, token_scale
+
+
+@ops_prepare_activation.register_fake
+def _(x, global_scale, format, quantize, hadamard, rule):
+    k = x.shape[-1]
+    m = x.numel() // k
+    rows = (m if format == NVFP4 and global_scale is None else 1) if quantize else 0
+    value = x.new_empty((m, k), dtype=torch.bfloat16 if quantize else x.dtype)
+    return value, x.new_empty((rows,), dtype=torch.float32)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("triton_gemm"), mutates_args=())
+def ops_gemm(
+    tokens: torch.Tensor,
+    token_scale: torch.Tensor,
+    packed: torch.Tensor,
+    row_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_is_bf16: bool,
+) -> torch.Tensor:
+    with torch.cuda.device(tokens.device):
+        return _run_gemm(
+            tokens, token_scale, packed, row_scale, bias, torch.bfloat16 if out_is_bf16 else torch.float16
+        )
+
+
+@ops_gemm.register_fake
+def _(tokens, token_scale, packed, row_scale, bias, out_is_bf16):
+    return tokens.new_empty(
+        (tokens.shape[0], row_scale.shape[0]), dtype=torch.bfloat16 if out_is_bf16 else torch.float16
+    )
+
+
+def ops_linear(x, packed, row_scale, bias, global_scale, format, quantize, hadamard, rule):
+    tokens, token_scale = ops_prepare_activation(x, global_scale, format, quantize, hadamard, rule)
+    return ops_gemm(tokens, token_scale, packed, row_scale, bias, x.dtype == torch.bfloat16)

@@ -1,0 +1,241 @@
+// Torch bindings on the stable ABI: one binary for every torch from 2.11 on.
+#include "torch_binding.h"
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../fp4_cuda/fp4_kernels.h"
+#include "registration.h"
+
+// Declared only where torch's headers were built with CUDA; the symbol is in every CUDA build of torch.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::accelerator::DeviceGuard;
+
+enum { kNvfp4 = 0, kMxfp4 = 1 };
+enum { kBf16 = 0, kFp16 = 1, kE4m3 = 2 };
+constexpr int64_t kTileBytesNvfp4 = 2304, kTileBytesMxfp4 = 2176;
+
+cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+const void* data_or_null(const std::optional<Tensor>& t) { return t.has_value() ? t->data_ptr() : nullptr; }
+
+int64_t tokens_of(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.size(-1); }
+
+int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tokens of one tile: a function of M and the operand type alone, so that activation and GEMM agree.
+int64_t token_tile(int64_t m, int64_t operand) {
+  for (int64_t tile = 8; tile < 128; tile *= 2)
+    if (m <= tile) return tile;
+  return m > 128 && operand != kE4m3 ? 256 : 128;
+}
+
+void check_x(const Tensor& x, int64_t multiple) {
+  STD_TORCH_CHECK(x.is_cuda() && x.is_contiguous(), "x must be a contiguous CUDA tensor; call .contiguous()");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
+                  "x must be bfloat16 or float16");
+  STD_TORCH_CHECK(x.size(-1) % multiple == 0, "in_features must be a multiple of ", multiple, ", got ", x.size(-1));
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, "x must be 16-byte aligned; call .clone()");
+  STD_TORCH_CHECK(tokens_of(x) < (1 << 24), "at most 2^24 tokens, got ", tokens_of(x));
+}
+
+void check_hadamard(int64_t size, int64_t k) {
+  STD_TORCH_CHECK(size == 0 || size == 16 || size == 32 || size == 64 || size == 128,
+                  "hadamard must be 0, 16, 32, 64 or 128, got ", size);
+  STD_TORCH_CHECK(size == 0 || k % size == 0, "hadamard ", size, " does not divide in_features ", k);
+}
+
+int64_t format_of(const Tensor& packed) {
+  STD_TORCH_CHECK(packed.is_cuda() && packed.is_contiguous() && packed.dim() == 3 &&
+                      (packed.size(2) == kTileBytesNvfp4 || packed.size(2) == kTileBytesMxfp4),
+                  "packed must come from prepare_weight");
+  return packed.size(2) == kTileBytesNvfp4 ? kNvfp4 : kMxfp4;
+}
+
+fp4::ActivationProblem activation_problem(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
+                                          int64_t hadamard, int64_t rule) {
+  const int64_t k = x.size(-1);
+  check_x(x, format == kNvfp4 ? 16 : 32);
+  check_hadamard(hadamard, k);
+  fp4::ActivationProblem p = {};
+  p.x = x.data_ptr();
+  p.x_is_bf16 = x.scalar_type() == ScalarType::BFloat16;
+  p.global = static_cast<const float*>(data_or_null(global));
+  p.m = static_cast<int>(tokens_of(x));
+  p.k = static_cast<int>(k);
+  p.k_padded = static_cast<int>(div_up(k, 64) * 64);
+  p.token_tile = 8;
+  p.hadamard = static_cast<int>(hadamard);
+  p.rule = static_cast<int>(rule);
+  p.format = static_cast<int>(format);
+  return p;
+}
+
+fp4::PrepareProblem prepare_problem(const Tensor& packed, const Tensor& row_scale, int64_t n, int64_t k, int64_t format) {
+  fp4::PrepareProblem p = {};
+  p.packed = static_cast<uint8_t*>(packed.data_ptr());
+  p.row_scale = static_cast<float*>(row_scale.data_ptr());
+  p.n = static_cast<int>(n);
+  p.k = static_cast<int>(k);
+  p.format = static_cast<int>(format);
+  return p;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> prepare_weight(const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& global) {
+  STD_TORCH_CHECK(weight.is_cuda() && weight.is_contiguous() && weight.scalar_type() == ScalarType::Byte && weight.dim() == 2,
+                  "weight must be a contiguous CUDA uint8 tensor [N, K/2]");
+  const int64_t n = weight.size(0), k = weight.size(1) * 2;
+  const int64_t format = scale.scalar_type() == ScalarType::Float8_e4m3fn ? kNvfp4 : kMxfp4;
+  STD_TORCH_CHECK(format == kNvfp4 || scale.scalar_type() == ScalarType::Byte,
+                  "weight_scale must be float8_e4m3fn (nvfp4) or uint8 (mxfp4)");
+  const int64_t group = format == kNvfp4 ? 16 : 32;
+  STD_TORCH_CHECK(n % 16 == 0 && k % group == 0, "N must be a multiple of 16 and K of ", group, ", got ", n, " x ", k);
+  STD_TORCH_CHECK(scale.is_contiguous() && scale.dim() == 2 && scale.size(0) == n && scale.size(1) == k / group,
+                  "weight_scale must be a contiguous [N, K/", group, "]");
+  const DeviceGuard guard(weight.get_device_index());
+  const int64_t tile = format == kNvfp4 ? kTileBytesNvfp4 : kTileBytesMxfp4;
+  Tensor packed = new_tensor(weight, {div_up(n, 64), div_up(k, 64), tile}, ScalarType::Byte);
+  Tensor row_scale = new_tensor(weight, {n}, ScalarType::Float);
+  fp4::PrepareProblem p = prepare_problem(packed, row_scale, n, k, format);
+  p.weight = static_cast<const uint8_t*>(weight.data_ptr());
+  p.scale = static_cast<const uint8_t*>(scale.data_ptr());
+  p.global = static_cast<const float*>(data_or_null(global));
+  fp4::run_prepare(p, current_stream(weight));
+  return {packed, row_scale};
+}
+
+std::tuple<Tensor, Tensor> restore_weight(const Tensor& packed, const Tensor& row_scale, int64_t n, int64_t k) {
+  const int64_t format = format_of(packed);
+  STD_TORCH_CHECK(div_up(n, 64) == packed.size(0) && div_up(k, 64) == packed.size(1) && row_scale.numel() == n,
+                  "restore_weight: ", n, " x ", k, " is not the shape of this prepared weight");
+  const DeviceGuard guard(packed.get_device_index());
+  Tensor weight = new_tensor(packed, {n, k / 2}, ScalarType::Byte);
+  Tensor scale = format == kNvfp4 ? new_tensor(packed, {n, k / 16}, ScalarType::Float8_e4m3fn)
+                                  : new_tensor(packed, {n, k / 32}, ScalarType::Byte);
+  fp4::run_restore(prepare_problem(packed, row_scale, n, k, format), static_cast<uint8_t*>(weight.data_ptr()),
+                   static_cast<uint8_t*>(scale.data_ptr()), current_stream(packed));
+  return {weight, scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rotate_quantize(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
+                                                   int64_t hadamard, int64_t rule) {
+  fp4::ActivationProblem p = activation_problem(x, global, format, hadamard, rule);
+  const DeviceGuard guard(x.get_device_index());
+  const bool nvfp4 = format == kNvfp4;
+  Tensor codes = new_tensor(x, {p.m, p.k / 2}, ScalarType::Byte);
+  Tensor scales = nvfp4 ? new_tensor(x, {p.m, p.k / 16}, ScalarType::Float8_e4m3fn)
+                        : new_tensor(x, {p.m, p.k / 32}, ScalarType::Byte);
+  Tensor token_scale = new_tensor(x, {nvfp4 && !global.has_value() ? p.m : 1}, ScalarType::Float);
+  p.out = codes.data_ptr();
+  p.scales = static_cast<uint8_t*>(scales.data_ptr());
+  p.token_scale = static_cast<float*>(token_scale.data_ptr());
+  p.quantize = true;
+  p.packed = true;
+  fp4::run_activation(p, current_stream(x));
+  return {codes, scales, token_scale};
+}
+
+std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
+                                              int64_t operand, bool quantize, int64_t hadamard, int64_t rule) {
+  fp4::ActivationProblem p = activation_problem(x, global, format, hadamard, rule);
+  STD_TORCH_CHECK(operand != kE4m3 || (quantize && format == kMxfp4), "E4M3 operands are for mxfp4 W4A4 only");
+  STD_TORCH_CHECK(quantize ? operand != kFp16 : (operand == kBf16) == p.x_is_bf16,
+                  "operand must be bf16 or E4M3 for W4A4, and the dtype of x for W4A16");
+  const DeviceGuard guard(x.get_device_index());
+  p.token_tile = static_cast<int>(token_tile(p.m, operand));
+  p.quantize = quantize;
+  p.operand = static_cast<int>(operand);
+  const int64_t bytes = div_up(p.m, p.token_tile) * p.token_tile * p.k_padded * (operand == kE4m3 ? 1 : 2);
+  const bool per_token = quantize && (operand == kE4m3 || (format == kNvfp4 && !global.has_value()));
+  Tensor tokens = new_tensor(x, {bytes}, ScalarType::Byte);
+  Tensor token_scale = new_tensor(x, {per_token ? p.m : quantize ? 1 : 0}, ScalarType::Float);
+  p.out = tokens.data_ptr();
+  p.token_scale = quantize ? static_cast<float*>(token_scale.data_ptr()) : nullptr;
+  fp4::run_activation(p, current_stream(x));
+  return {tokens, token_scale};
+}
+
+Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
+                     const std::optional<Tensor>& bias, int64_t m, int64_t operand, bool out_is_bf16, int64_t split) {
+  const int64_t format = format_of(packed), n = row_scale.numel(), k_tiles = packed.size(1);
+  const int64_t tile = token_tile(m, operand);
+  const ScalarType dtype = out_is_bf16 ? ScalarType::BFloat16 : ScalarType::Half;
+  STD_TORCH_CHECK(tokens.numel() == div_up(m, tile) * tile * k_tiles * (operand == kE4m3 ? 64 : 128),
+                  "tokens were prepared for another shape or operand type");
+  STD_TORCH_CHECK(operand != kE4m3 || format == kMxfp4, "E4M3 operands are for mxfp4 weights");
+  STD_TORCH_CHECK(div_up(n, 64) == packed.size(0) && n % 16 == 0, "row_scale does not belong to this prepared weight");
+  STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == n && bias->scalar_type() == dtype && bias->is_contiguous()),
+                  "bias must be contiguous [N] of the output dtype");
+  const DeviceGuard guard(tokens.get_device_index());
+  Tensor out = new_tensor(tokens, {m, n}, dtype);
+  fp4::GemmProblem p = {};
+  p.weight = static_cast<const uint8_t*>(packed.data_ptr());
+  p.row_scale = static_cast<const float*>(row_scale.data_ptr());
+  p.x = tokens.data_ptr();
+  p.token_scale = token_scale.numel() > 0 ? static_cast<const float*>(token_scale.data_ptr()) : nullptr;
+  p.token_scale_stride = token_scale.numel() > 1 ? 1 : 0;
+  p.bias = data_or_null(bias);
+  p.out = out.data_ptr();
+  p.out_is_bf16 = out_is_bf16;
+  p.m = static_cast<int>(m);
+  p.n = static_cast<int>(n);
+  p.k_tiles = static_cast<int>(k_tiles);
+  p.token_tile = static_cast<int>(tile);
+  p.format = static_cast<int>(format);
+  p.operand = static_cast<int>(operand);
+  p.split = static_cast<int>(split);
+  fp4::run_gemm_sm90(p, current_stream(tokens));
+  return out;
+}
+
+Tensor prepared_linear(const Tensor& x, const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& global, int64_t operand, bool quantize, int64_t hadamard,
+                       int64_t rule) {
+  STD_TORCH_CHECK(div_up(x.size(-1), 64) == packed.size(1), "x has ", x.size(-1), " features, the weight does not");
+  auto [tokens, token_scale] = prepare_activation(x, global, format_of(packed), operand, quantize, hadamard, rule);
+  return prepared_gemm(tokens, token_scale, packed, row_scale, bias, tokens_of(x), operand,
+                       x.scalar_type() == ScalarType::BFloat16, 0);
+}
+
+STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
+  ops.def("prepare_weight(Tensor weight, Tensor scale, Tensor? global_scale) -> (Tensor, Tensor)");
+  ops.def("restore_weight(Tensor packed, Tensor row_scale, int n, int k) -> (Tensor, Tensor)");
+  ops.def(
+      "rotate_quantize(Tensor x, Tensor? global_scale, int format, int hadamard, int rule) -> (Tensor, Tensor, Tensor)");
+  ops.def(
+      "prepare_activation(Tensor x, Tensor? global_scale, int format, int operand, bool quantize, int hadamard, int rule)"
+      " -> (Tensor, Tensor)");
+  ops.def(
+      "prepared_gemm(Tensor tokens, Tensor token_scale, Tensor packed, Tensor row_scale, Tensor? bias, int m, int operand,"
+      " bool out_is_bf16, int split) -> Tensor");
+  ops.def(
+      "prepared_linear(Tensor x, Tensor packed, Tensor row_scale, Tensor? bias, Tensor? global_scale, int operand,"
+      " bool quantize, int hadamard, int rule) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
+  ops.impl("prepare_weight", TORCH_BOX(&prepare_weight));
+  ops.impl("restore_weight", TORCH_BOX(&restore_weight));
+  ops.impl("rotate_quantize", TORCH_BOX(&rotate_quantize));
+  ops.impl("prepare_activation", TORCH_BOX(&prepare_activation));
+  ops.impl("prepared_gemm", TORCH_BOX(&prepared_gemm));
+  ops.impl("prepared_linear", TORCH_BOX(&prepared_linear));
+}
+
+REGISTER_EXTENSION(TORCH_EXTENSION_NAME)

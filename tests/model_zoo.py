@@ -1,0 +1,162 @@
+"""Tiny random models of many families, made from configs: no network, fixed seeds, a fraction of a second each.
+
+`FAMILIES` are the text-only causal LMs; `OTHERS` are models that only selection and block finding must cope with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BloomConfig,
+    CLIPVisionConfig,
+    CohereConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MistralConfig,
+    MixtralConfig,
+    ModernBertDecoderConfig,
+    OPTConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    T5Config,
+)
+
+VOCAB = 256
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_LAYERS = {"sliding_window": 8, "num_hidden_layers": 3}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def _llama(**changes: object) -> LlamaConfig:
+    return LlamaConfig(**{**_COMMON, **changes})
+
+
+_CONFIGS = {
+    # Tied embeddings; o_proj reads 5 * 32 = 160 features, not hidden_size.
+    "llama": lambda: _llama(
+        hidden_size=80,
+        intermediate_size=160,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=32,
+        tie_word_embeddings=True,
+    ),
+    # 144 = 9 * 16 as SmolLM2's 576 = 9 * 64: a multiple of 16 and of no larger power of two.
+    "llama-144": lambda: _llama(
+        hidden_size=144, intermediate_size=288, num_attention_heads=9, num_key_value_heads=3
+    ),
+    # 200 = 12.5 * 16: no format takes down_proj.
+    "llama-200": lambda: _llama(intermediate_size=200),
+    "qwen2": lambda: Qwen2Config(**{**_COMMON, "tie_word_embeddings": True}),
+    # Three heads do not divide a hidden size of 80 (Llama's config refuses that).
+    "qwen3": lambda: Qwen3Config(
+        **{**_COMMON, "hidden_size": 80, "num_attention_heads": 3, "num_key_value_heads": 1}
+    ),
+    "mistral": lambda: MistralConfig(**{**_COMMON, "sliding_window": 8}),
+    "gemma3": lambda: Gemma3TextConfig(
+        **{**_COMMON, **_LAYERS, "tie_word_embeddings": True, "query_pre_attn_scalar": 16},
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi3": lambda: Phi3Config(**_COMMON),
+    "gpt_neox": lambda: GPTNeoXConfig(**_COMMON, use_parallel_residual=True),
+    "opt": lambda: OPTConfig(**{**_COMMON, "tie_word_embeddings": True}, ffn_dim=128, word_embed_proj_dim=64),
+    # Blocks that return tuples, and a mask-like bias that every block receives.
+    "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4, pad_token_id=0),
+    # One layer norm feeds attention and MLP.
+    "cohere": lambda: CohereConfig(**_COMMON, logit_scale=1.0),
+    # Its output head is the attribute "decoder".
+    "modernbert_decoder": lambda: ModernBertDecoderConfig(
+        **_COMMON, cls_token_id=1, sep_token_id=2, local_attention=16
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_positions=128, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    ),
+    "mixtral": lambda: MixtralConfig(**_COMMON, num_local_experts=4),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **_COMMON, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=64
+    ),
+    "llava": lambda: LlavaConfig(
+        text_config=_llama(),
+        vision_config=CLIPVisionConfig(**_VISION),
+        image_token_index=3,
+        image_seq_length=4,
+    ),
+    "bert": lambda: BertConfig(**{**_COMMON, "tie_word_embeddings": True}),
+    "t5": lambda: T5Config(
+        vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, tie_word_embeddings=False
+    ),
+}
+_CLASSES = {"llava": AutoModelForImageTextToText, "bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
+
+OTHERS = ["bloom", "cohere", "modernbert_decoder", "gpt2", "mixtral", "qwen2_moe", *_CLASSES]
+FAMILIES = [family for family in _CONFIGS if family not in OTHERS]
+
+
+def tiny_config(family: str) -> PretrainedConfig:
+    """A new config of one family."""
+    return _CONFIGS[family]()
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A model in evaluation mode whose weights, biases and norms are all random, so that no term is hidden by a zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = skeleton(family, "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(noise * 0.1)
+    return model.to(dtype).eval()
+
+
+def skeleton(family: str, device: str = "meta") -> PreTrainedModel:
+    """The model as transformers builds it before it loads weights."""
+    with torch.device(device):
+        return _CLASSES.get(family, AutoModelForCausalLM).from_config(tiny_config(family))
+
+
+def tiny_tokens(batch: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:
+    """int64 [batch, length] tokens without special ids; longer than every sliding window of the zoo."""
+    return torch.randint(4, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def linear_names(module: nn.Module) -> list[str]:
+    """Names of every nn.Linear (subclasses too) in module order."""
+    return [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]

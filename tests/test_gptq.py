@@ -1,0 +1,285 @@
+"""The solver against GPTQ's definition, written down in float64 without any of its shortcuts."""
+
+import numpy as np
+import pytest
+import spec
+import torch
+from tolerances import NEAR_TIE
+
+from hf_fp4.formats import FP4Format
+from hf_fp4.gptq import BLOCK, FP4Weight, activation_order, relative_output_error, round_weight, solve
+from hf_fp4.hessian import inverse_cholesky
+from hf_fp4.scales import weight_global_scale, weight_scales
+
+FORMATS = list(FP4Format)
+WIDTHS = (64, 96, BLOCK, BLOCK + 32, 2 * BLOCK + 64)
+DAMP = 0.01
+
+
+def correlated_inputs(tokens, features, seed=0):
+    """Inputs as a transformer has them: a few directions carry most of the energy, some channels are outliers."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(features, features, generator=generator) / features**0.5
+    x = (torch.randn(tokens, features, generator=generator) * torch.logspace(0, -1.5, features)) @ mixing
+    x[:, :: features // 4] *= 5
+    return x
+
+
+class Problem:
+    """A weight, its scales and the second moments of its inputs."""
+
+    def __init__(self, fmt, features, rows=24, seed=0, ordered=False):
+        generator = torch.Generator().manual_seed(seed)
+        self.fmt = fmt
+        self.weight = torch.randn(rows, features, generator=generator) * 0.05
+        x = correlated_inputs(4 * features, features, seed)
+        self.second = x.T @ x / len(x)
+        self.global_scale = (
+            weight_global_scale(self.weight.abs().amax().view(1)) if fmt.has_global_scale else None
+        )
+        self.scale = weight_scales(self.weight, fmt, "mse", self.global_scale)
+        self.order = activation_order(self.second) if ordered else None
+
+    @property
+    def upper(self):
+        second = self.second if self.order is None else self.second[self.order][:, self.order]
+        return inverse_cholesky(second, DAMP, "layer")
+
+    @property
+    def steps(self):
+        """float64 [N, K], what one unit of E2M1 is worth, from the stored bytes."""
+        scale = spec.decode_scales(self.fmt.value, self.scale.view(torch.uint8).numpy())
+        scale = scale / (1.0 if self.global_scale is None else self.global_scale.item())
+        return np.repeat(scale, spec.GROUP[self.fmt.value], axis=1)
+
+    def solve(self, rows=slice(None)):
+        return solve(self.weight[rows], self.scale[rows], self.fmt, self.global_scale, self.upper, self.order)
+
+    def output_error(self, quantized):
+        return relative_output_error(self.weight, quantized.dequantize(), self.second)
+
+
+def codes_of(weight):
+    return spec.unpack(weight.packed.numpy())
+
+
+def gptq_by_definition(problem, forced_codes=None):
+    """Optimal brain quantization, one column after the other, in float64.
+
+    After column i is fixed, the remaining weights take the least-squares optimal update, ``w_j -= (w_i - q_i)
+    [H^-1]_ij / [H^-1]_ii``, and column i is eliminated from H^-1 (its Schur complement). With ``forced_codes`` the
+    columns are fixed to those instead of to the nearest.
+
+    Returns:
+        ``(codes, values)``: what was chosen, and what each column had come to in units of E2M1 just before.
+    """
+    weight, steps = problem.weight.double().numpy().copy(), problem.steps
+    second = problem.second.double().numpy()
+    features = len(second)
+    inverse = np.linalg.inv(second + DAMP * np.trace(second) / features * np.eye(features))
+    order = np.arange(features) if problem.order is None else np.argsort(-np.diag(second), kind="stable")
+    values = np.empty_like(weight)
+    codes = np.empty(weight.shape, np.int64)
+    for position, i in enumerate(order):
+        values[:, i] = weight[:, i] / steps[:, i]
+        codes[:, i] = spec.e2m1_codes(values[:, i]) if forced_codes is None else forced_codes[:, i]
+        error = weight[:, i] - spec.E2M1[codes[:, i]] * steps[:, i]
+        rest = order[position + 1 :]
+        weight[:, rest] -= np.outer(error / inverse[i, i], inverse[i, rest])
+        inverse -= np.outer(inverse[:, i], inverse[i, :]) / inverse[i, i]
+    return codes, values
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["as is", "act order"])
+@pytest.mark.parametrize("features", WIDTHS)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_code_is_the_rounding_of_the_exact_value(fmt, features, ordered):
+    """Given the codes before it, each code is float64's, unless the value is next to a rounding boundary."""
+    problem = Problem(fmt, features, ordered=ordered)
+    codes = codes_of(problem.solve())
+    _, values = gptq_by_definition(problem, forced_codes=codes)
+    differs = spec.E2M1[codes] != spec.round_e2m1(values)
+    assert (spec.distance_to_tie(values)[differs] < NEAR_TIE).all()
+    assert differs.mean() < 1e-3
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["as is", "act order"])
+@pytest.mark.parametrize("features", WIDTHS)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_rows_equal_the_definition(fmt, features, ordered):
+    """Left alone, a row can part from float64's only at a near-tie; few do."""
+    problem = Problem(fmt, features, rows=40, ordered=ordered)
+    actual = spec.E2M1[codes_of(problem.solve())]
+    codes, values = gptq_by_definition(problem)
+    order = np.arange(features) if problem.order is None else problem.order.numpy()
+    differs = (actual != spec.E2M1[codes])[:, order]
+    parted = differs.any(1).nonzero()[0]
+    assert len(parted) <= 0.1 * len(actual)
+    for row in parted:
+        first = order[differs[row].argmax()]
+        assert spec.distance_to_tie(values[row, first]) < NEAR_TIE
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["as is", "act order"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_output_error_is_well_below_rounding(fmt, ordered):
+    for seed in range(5):
+        problem = Problem(fmt, 192, rows=16, seed=seed, ordered=ordered)
+        rounded = round_weight(problem.weight, problem.scale, fmt, problem.global_scale)
+        assert problem.output_error(problem.solve()) < 0.7 * problem.output_error(rounded)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_activation_order_helps(fmt):
+    errors = {
+        ordered: sum(
+            problem.output_error(problem.solve())
+            for problem in (Problem(fmt, 192, rows=16, seed=seed, ordered=ordered) for seed in range(5))
+        )
+        for ordered in (False, True)
+    }
+    assert errors[True] < errors[False]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_uncorrelated_inputs_leave_plain_rounding(fmt):
+    """With a diagonal S there is nothing to compensate, however the columns are ordered."""
+    problem = Problem(fmt, 160)
+    problem.second = torch.diag(torch.rand(160) + 0.1)
+    problem.order = activation_order(problem.second)
+    rounded = round_weight(problem.weight, problem.scale, fmt, problem.global_scale)
+    assert torch.equal(problem.solve().packed, rounded.packed)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_weight_on_the_grid_stays(fmt):
+    problem = Problem(fmt, 160)
+    codes = torch.randint(0, 16, problem.weight.shape).numpy()
+    problem.weight = torch.from_numpy((spec.E2M1[codes] * problem.steps).astype(np.float32))
+    np.testing.assert_array_equal(spec.E2M1[codes_of(problem.solve())], spec.E2M1[codes])
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["as is", "act order"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_stacked_rows_are_solved_as_if_alone(fmt, ordered):
+    problem = Problem(fmt, 2 * BLOCK + 32, rows=96, ordered=ordered)
+    parts = problem.solve().split([64, 16, 16])
+    for part, rows in zip(parts, (slice(0, 64), slice(64, 80), slice(80, 96)), strict=True):
+        alone = problem.solve(rows)
+        assert torch.equal(part.packed, alone.packed)
+        assert torch.equal(part.scale.view(torch.uint8), alone.scale.view(torch.uint8))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_one_row(fmt):
+    problem = Problem(fmt, 192, rows=1, ordered=True)
+    codes = codes_of(problem.solve())
+    np.testing.assert_array_equal(spec.E2M1[codes], spec.E2M1[gptq_by_definition(problem)[0]])
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["as is", "act order"])
+def test_the_arguments_are_not_changed_and_the_scales_are_kept(ordered):
+    problem = Problem(FP4Format.NVFP4, 160, ordered=ordered)
+    weight, scale, upper = problem.weight.clone(), problem.scale.clone(), problem.upper
+    before = upper.clone()
+    result = solve(problem.weight, problem.scale, problem.fmt, problem.global_scale, upper, problem.order)
+    assert torch.equal(problem.weight, weight) and torch.equal(upper, before)
+    assert torch.equal(result.scale.view(torch.uint8), scale.view(torch.uint8))
+    assert torch.equal(result.global_scale, problem.global_scale)
+    assert (
+        result.packed.dtype == torch.uint8
+        and result.packed.shape == (24, 80)
+        and result.packed.is_contiguous()
+    )
+
+
+def test_the_default_dtype_does_not_matter():
+    problem = Problem(FP4Format.NVFP4, 160, ordered=True)
+    expected = problem.solve()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        actual = problem.solve()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(actual.packed, expected.packed)
+
+
+# FP4Weight
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_round_weight_is_nearest(fmt):
+    problem = Problem(fmt, 96)
+    rounded = round_weight(problem.weight, problem.scale, fmt, problem.global_scale)
+    exact = problem.weight.double().numpy() / problem.steps
+    assert spec.distance_to_tie(exact).min() > 1e-6, "the comparison needs a weight without ties"
+    np.testing.assert_array_equal(codes_of(rounded), spec.e2m1_codes(exact))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_dequantize(fmt):
+    problem = Problem(fmt, 96)
+    result = problem.solve()
+    values = result.dequantize()
+    assert values.dtype == torch.float32
+    divisor = 1.0 if result.global_scale is None else result.global_scale.item()
+    expected = spec.dequantize(
+        fmt.value, result.packed.numpy(), result.scale.view(torch.uint8).numpy(), divisor
+    )
+    np.testing.assert_array_equal(values.double().numpy(), expected)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_split(fmt):
+    stacked = Problem(fmt, 96).solve()
+    parts = stacked.split([3, 20, 1])
+    assert [len(part.packed) for part in parts] == [len(part.scale) for part in parts] == [3, 20, 1]
+    assert torch.equal(torch.cat([part.dequantize() for part in parts]), stacked.dequantize())
+    assert all(part.format is fmt for part in parts)
+
+
+def test_split_parts_share_no_memory():
+    """safetensors refuses tensors that share memory, and a view would keep the whole stack alive."""
+    stacked = Problem(FP4Format.NVFP4, 96).solve()
+    parts = [stacked, *stacked.split([12, 12])]
+    for name in ("packed", "scale", "global_scale"):
+        pointers = {getattr(part, name).untyped_storage().data_ptr() for part in parts}
+        assert len(pointers) == len(parts), name
+
+
+def test_split_must_cover_all_rows():
+    with pytest.raises(RuntimeError):
+        Problem(FP4Format.NVFP4, 96).solve().split([3, 4])
+
+
+# Order and error
+
+
+def test_activation_order_is_descending_and_stable():
+    second = torch.diag(torch.tensor([1.0, 5.0, 0.0, 5.0, 2.0, 0.0]))
+    assert activation_order(second).tolist() == [1, 3, 4, 0, 2, 5]
+    many = torch.diag(torch.arange(400.0) // 100)
+    expected = [*range(300, 400), *range(200, 300), *range(100, 200), *range(100)]
+    assert activation_order(many).tolist() == expected
+
+
+def test_relative_output_error_is_that_of_the_outputs():
+    x = correlated_inputs(500, 64)
+    weight, quantized = torch.randn(10, 64), torch.randn(10, 64)
+    outputs, difference = x.double() @ weight.double().T, x.double() @ (weight - quantized).double().T
+    expected = (difference.norm() ** 2 / outputs.norm() ** 2).item()
+    actual = relative_output_error(weight, quantized, x.T @ x / 500)
+    assert isinstance(actual, float) and actual == pytest.approx(expected, rel=1e-4)
+    assert relative_output_error(weight, weight, x.T @ x) == 0
+    assert relative_output_error(weight, torch.zeros_like(weight), x.T @ x) == pytest.approx(1)
+
+
+def test_relative_output_error_without_any_output():
+    assert relative_output_error(torch.zeros(2, 8), torch.zeros(2, 8), torch.eye(8)) == 0
+
+
+def test_weights_are_immutable():
+    weight = Problem(FP4Format.NVFP4, 64).solve()
+    assert isinstance(weight, FP4Weight)
+    with pytest.raises(AttributeError):
+        weight.packed = weight.packed

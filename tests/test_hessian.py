@@ -1,0 +1,202 @@
+import numpy as np
+import pytest
+import torch
+
+from hf_fp4.hessian import (
+    MAX_DAMPING_ATTEMPTS,
+    SecondMoments,
+    correct_target,
+    damped_cholesky,
+    damping,
+    inverse_cholesky,
+)
+
+K = 48
+
+
+def correlated_inputs(tokens, features=K, seed=0):
+    """Inputs as a transformer has them: a few directions carry most of the energy, some channels are outliers."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(features, features, generator=generator) / features**0.5
+    x = torch.randn(tokens, features, generator=generator) * torch.logspace(0, -2, features)
+    x = x @ mixing
+    x[:, 3] *= 30
+    return x
+
+
+def moments_of(x, damp=0.0):
+    x = x.double()
+    second = x.T @ x / len(x)
+    return second + damp * second.diagonal().mean() * torch.eye(x.shape[1], dtype=torch.float64)
+
+
+# Moments
+
+
+@pytest.mark.parametrize("batches", [[300], [100, 100, 100], [1, 299], [7, 0, 293]])
+def test_moments_do_not_depend_on_how_tokens_are_batched(batches):
+    x, original = correlated_inputs(300), correlated_inputs(300, seed=1)
+    moments = SecondMoments(K, torch.device("cpu"), cross=True)
+    for part, part_of_original in zip(x.split(batches), original.split(batches), strict=True):
+        moments.add(part, part_of_original)
+    assert moments.tokens == 300
+    assert moments.second.dtype == moments.cross.dtype == torch.float32
+    torch.testing.assert_close(moments.second.double(), moments_of(x), rtol=1e-5, atol=1e-7)
+    cross = original.double().T @ x.double() / 300  # rows: original, columns: quantized
+    torch.testing.assert_close(moments.cross.double(), cross, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(moments.cross, moments.cross.T, rtol=0.1)
+
+
+def test_moments_do_not_depend_on_the_default_dtype():
+    x = correlated_inputs(50)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        moments = SecondMoments(K, torch.device("cpu"), cross=False)
+        moments.add(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(moments.second.double(), moments_of(x), rtol=1e-5, atol=1e-7)
+
+
+def test_no_tokens_and_no_cross():
+    moments = SecondMoments(K, torch.device("cpu"), cross=False)
+    assert moments.tokens == 0 and moments.cross is None
+    assert torch.equal(moments.second, torch.zeros(K, K))
+
+
+def test_cross_moments_need_the_original_inputs():
+    moments = SecondMoments(K, torch.device("cpu"), cross=True)
+    with pytest.raises(ValueError, match="need the original stream's inputs"):
+        moments.add(correlated_inputs(5))
+
+
+# Damping and factors
+
+
+def test_damping_is_a_share_of_the_mean_diagonal():
+    second = torch.diag(torch.arange(1.0, 5.0))
+    assert damping(second, 0.01) == pytest.approx(0.025)
+    assert damping(torch.zeros(4, 4), 0.01) == 1.0
+
+
+def test_damped_cholesky():
+    second = moments_of(correlated_inputs(500)).float()
+    lower, added = damped_cholesky(second, 0.01, "layer")
+    assert added == pytest.approx(0.01 * second.diagonal().mean().item())
+    assert torch.equal(lower, lower.tril())
+    expected = moments_of(correlated_inputs(500), 0.01)
+    torch.testing.assert_close(lower.double() @ lower.double().T, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_moments_are_not_changed():
+    second = moments_of(correlated_inputs(500)).float()
+    before = second.clone()
+    damped_cholesky(second, 0.01, "layer")
+    inverse_cholesky(second, 0.01, "layer")
+    assert torch.equal(second, before)
+
+
+@pytest.mark.parametrize("smallest, factor", [(0.5, 1), (-0.05, 10), (-0.5, 100), (-500.0, 100_000)])
+def test_a_failed_cholesky_is_damped_ten_times_more(smallest, factor):
+    """An eigenvalue that the first damping does not make positive; the mean diagonal is 1."""
+    eigenvalues = torch.ones(K, dtype=torch.float64)
+    eigenvalues[0], eigenvalues[1] = smallest, 2 - smallest
+    basis = torch.linalg.qr(torch.randn(K, K, dtype=torch.float64))[0]
+    second = (basis * eigenvalues @ basis.T).float()
+    _, added = damped_cholesky(second, 0.01, "layer")
+    assert added == pytest.approx(0.01 * factor, rel=1e-4)
+
+
+def test_moments_that_stay_indefinite_name_the_layer():
+    second = torch.eye(K)
+    second[0, 0], second[1, 1] = -1e5, 1e5  # the mean stays 1, and the last damping is 1000
+    message = (
+        "second moments of model.layers.3.mlp.down_proj are not positive definite .* modules_to_not_convert"
+    )
+    for factor in (damped_cholesky, inverse_cholesky):
+        with pytest.raises(RuntimeError, match=message):
+            factor(second, 0.01, "model.layers.3.mlp.down_proj")
+    assert MAX_DAMPING_ATTEMPTS == 6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_name_the_layer(value):
+    second = torch.eye(K)
+    second[5, 5] = value
+    with pytest.raises(RuntimeError, match="model.layers.1.self_attn.o_proj"):
+        inverse_cholesky(second, 0.01, "model.layers.1.self_attn.o_proj")
+
+
+@pytest.mark.parametrize("damp_percent", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize(
+    "features, tokens", [(48, 1000), (160, 2000), (160, 40)], ids=["", "large", "few tokens"]
+)
+def test_inverse_cholesky(features, tokens, damp_percent):
+    x = correlated_inputs(tokens, features)
+    upper = inverse_cholesky(moments_of(x).float(), damp_percent, "layer")
+    assert upper.dtype == torch.float32 and torch.equal(upper, upper.triu()) and (upper.diagonal() > 0).all()
+    expected = torch.linalg.cholesky(torch.linalg.inv(moments_of(x, damp_percent)), upper=True)
+    assert (upper - expected).norm() <= 1e-3 * expected.norm()
+    product = upper.double().T @ upper.double() @ moments_of(x, damp_percent)
+    assert (product - torch.eye(features)).norm() <= 1e-3 * features
+
+
+def test_unused_inputs_are_harmless():
+    x = correlated_inputs(500)
+    x[:, 10:20] = 0
+    assert torch.isfinite(inverse_cholesky(moments_of(x).float(), 0.01, "layer")).all()
+    torch.testing.assert_close(inverse_cholesky(torch.zeros(K, K), 0.01, "layer"), torch.eye(K))
+
+
+# The asymmetric correction
+
+
+def streams(tokens=600):
+    original = correlated_inputs(tokens)
+    return original, original + 0.1 * original.std(0) * torch.randn(tokens, K)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.25, 0.5, 1.0])
+def test_correct_target(strength):
+    original, quantized = streams()
+    second, cross = moments_of(quantized), original.double().T @ quantized.double() / 600
+    weight = torch.randn(20, K)
+    ridge = 0.01 * second.diagonal().mean() * torch.eye(K, dtype=torch.float64)
+    solved = weight.double() @ (cross + ridge) @ torch.linalg.inv(second + ridge)
+    expected = (1 - strength) * weight.double() + strength * solved
+    actual = correct_target(weight, second.float(), cross.float(), strength, 0.01, "layer")
+    assert actual.dtype == torch.float32
+    assert (actual - expected).norm() <= 1e-4 * expected.norm()
+    if strength:
+        assert (actual - weight).norm() > 0.01 * strength * weight.norm()
+
+
+def test_the_correction_brings_the_outputs_closer():
+    original, quantized = streams()
+    second = moments_of(quantized).float()
+    cross = (original.double().T @ quantized.double() / 600).float()
+    weight = torch.randn(20, K)
+    wanted = original @ weight.T
+    errors = [
+        (quantized @ correct_target(weight, second, cross, strength, 1e-4, "layer").T - wanted).norm().item()
+        for strength in (0.0, 0.5, 1.0)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    best = np.linalg.lstsq(quantized.double().numpy(), wanted.double().numpy(), rcond=None)[0]
+    least = np.linalg.norm(quantized.double().numpy() @ best - wanted.double().numpy())
+    assert errors[2] == pytest.approx(least, rel=0.01)
+
+
+def test_equal_streams_need_no_correction():
+    second = moments_of(correlated_inputs(600)).float()
+    weight = torch.randn(20, K)
+    torch.testing.assert_close(
+        correct_target(weight, second, second, 1.0, 0.01, "x"), weight, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_a_failed_correction_names_the_layer():
+    second = torch.eye(K)
+    second[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="moments of model.layers.0.mlp.up_proj"):
+        correct_target(torch.randn(4, K), second, torch.eye(K), 0.5, 0.01, "model.layers.0.mlp.up_proj")
