@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import sys
@@ -19,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from . import __version__
 from .calibration.driver import LayerReport
@@ -29,7 +37,7 @@ from .layers.linear import FP4Linear
 from .layers.replace import describe_skipped
 
 # What a user can bring about; anything else is a bug of ours and keeps its traceback.
-_EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
+_EXPECTED = (ValueError, OSError, RuntimeError, ImportError, SafetensorError)
 _SET_BY_A_RUN = ("modules", "calibration")
 _CALIBRATION = (
     "dataset",
@@ -91,9 +99,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _EXPECTED as error:
         if args.debug:
             traceback.print_exc()
-        print(f"hf-fp4: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"hf-fp4: error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, SafetensorError):
+        return f"a weight file is damaged or incomplete, download or quantize it again ({text})"
+    return text
 
 
 # --- flags
@@ -246,6 +261,7 @@ def _quantize(args: argparse.Namespace) -> None:
     given = {f.name: getattr(args, f.name) for f in fields(MRGPTQConfig) if hasattr(args, f.name)}
     config = MRGPTQConfig.paper(**given) if args.paper else MRGPTQConfig(**given)
     _check_target(args.out, args.model, args.overwrite)
+    _check_unquantized(args)
     config.tokenizer = tokenizer = _load_tokenizer(args, given.get("tokenizer"))
     model = _load_model(args, args.model, quantization_config=config)
     model.save_pretrained(args.out, max_shard_size=args.max_shard_size)
@@ -262,30 +278,47 @@ def _check_target(out: Path, model: str, overwrite: bool) -> None:
     """Refuse an unusable OUT before the work, not after it."""
     if out.exists() and out.resolve() == Path(model).resolve():
         raise ValueError(f"OUT must not be MODEL itself, got {out} for both; choose another directory")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"OUT must be a directory, got the file {out}; choose another name")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(
+            f"OUT must be a directory, got {out} where {existing} is a file; choose another name"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"OUT must be writable, got {out} where {existing} is not; choose another place")
+    if existing == out and any(out.iterdir()) and not overwrite:
         raise ValueError(
             f"OUT must be new or empty, got {out} with files in it; choose another or pass --overwrite"
         )
-    out.mkdir(parents=True, exist_ok=True)
+
+
+def _check_unquantized(args: argparse.Namespace) -> None:
+    """Refuse a model that transformers would load as it is, with only a warning that the flags are ignored."""
+    found = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    if quantization := getattr(found, "quantization_config", None):
+        known = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        raise ValueError(
+            f"MODEL must not be quantized, got {args.model}, which is ({known.get('quant_method')}); "
+            "give the original model"
+        )
 
 
 def _describe_run(model: PreTrainedModel, *, every_layer: bool) -> str:
     """The table of converted linears, and why others were not converted."""
     quantizer: Any = model.hf_quantizer
     report: list[LayerReport] = quantizer.report
-    rows = [_layer_row(row) for row in report] if every_layer else _kind_rows(report)
     header = (
         ("module", "Hadamard", "error") if every_layer else ("module", "layers", "Hadamard", "error", "worst")
     )
-    lines = ["", *_table(header, rows)]
-    if quantizer.skipped:
-        lines.append(f"not converted: {describe_skipped(quantizer.skipped)}")
-    if any(row.error is not None for row in report):
+    rows = [_layer_row(row) for row in report] if every_layer else _kind_rows(report)
+    measured = any(row.error is not None for row in report)
+    columns = len(header) if measured else header.index("error")
+    lines = ["", *_table([row[:columns] for row in (header, *rows)])]
+    if measured:
         lines.append(
             "error: squared error of a layer's output over its squared output, on the calibration data"
         )
+    if quantizer.skipped:
+        lines.append(f"not converted: {describe_skipped(quantizer.skipped)}")
     return "\n".join([*lines, ""])
 
 
@@ -320,11 +353,10 @@ def _kind_rows(report: Iterable[LayerReport]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (header, *rows)
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
 
 
@@ -347,6 +379,8 @@ def _size(count: int) -> str:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    if not args.text.is_file():  # before models are loaded
+        raise ValueError(f"--text must be a file, got {args.text}; check the path")
     tokenizer = _load_tokenizer(args, args.model)
     model = _load_model(args, args.model)
     reference = _load_model(args, args.reference) if args.reference else None

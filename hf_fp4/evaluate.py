@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .calibration.data import sequence_prefix, tokenize
+from .calibration.data import describe_missing, has_vocabulary, sequence_prefix, tokenize
 
 # Positions are compared in chunks of about this many logits: 64 MiB in float32, whatever the vocabulary.
 _CHUNK_LOGITS = 1 << 24
@@ -39,6 +39,7 @@ class EvaluationResult:
     top1_agreement: float | None = None
 
     def to_dict(self) -> dict[str, float | int | None]:
+        """The fields by name, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -83,11 +84,11 @@ def evaluate(
         ValueError: no text, no tokenizer for it, a size that does not fit, different vocabularies.
         RuntimeError: a model's logits are not finite; the message names the model.
     """
-    _check_sizes(model, reference, sequence_length, max_tokens, batch_size)
+    _check_sizes(sequence_length, max_tokens, batch_size)
     windows = _windows(text, tokenizer, sequence_length, max_tokens)
     models = [m for m in (model, reference) if m is not None]
     for each in models:
-        _check_vocabulary(windows, each)
+        _check_windows(windows, each)
     modes = [m.training for m in models]
     totals = _Totals()
     try:
@@ -106,9 +107,7 @@ def evaluate(
     return totals.result(windows.shape[1], with_reference=reference is not None)
 
 
-def _check_sizes(
-    model: Any, reference: Any, sequence_length: int, max_tokens: int | None, batch_size: int
-) -> None:
+def _check_sizes(sequence_length: int, max_tokens: int | None, batch_size: int) -> None:
     if sequence_length < 2:
         raise ValueError(
             f"sequence_length must be at least 2, to predict one token from one, got {sequence_length}"
@@ -117,15 +116,6 @@ def _check_sizes(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens must be None or at least 2, got {max_tokens}")
-    for each in (model, reference):
-        if each is None:
-            continue
-        limit = getattr(each.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and sequence_length > limit:
-            raise ValueError(
-                f"sequence_length must be at most max_position_embeddings of {_name(each)}, {limit}, got "
-                f"{sequence_length}; lower sequence_length"
-            )
 
 
 def _windows(text: Any, tokenizer: Any, sequence_length: int, max_tokens: int | None) -> Tensor:
@@ -141,10 +131,9 @@ def _windows(text: Any, tokenizer: Any, sequence_length: int, max_tokens: int | 
             stream = stream.flatten()
     else:
         documents = _documents(text)
-        if tokenizer is None:
-            raise ValueError(
-                "text needs a tokenizer, got tokenizer=None; pass the model's, or pass token ids"
-            )
+        if not has_vocabulary(tokenizer):
+            missing = describe_missing(tokenizer)
+            raise ValueError(f"text needs a tokenizer, got {missing}; pass the model's, or pass token ids")
         prefix, stream = sequence_prefix(tokenizer), tokenize(documents, tokenizer)
     stream = stream[:max_tokens]
     body = min(sequence_length - len(prefix), len(stream))
@@ -177,7 +166,13 @@ def _documents(text: Any) -> list[str]:
     )
 
 
-def _check_vocabulary(ids: Tensor, model: Any) -> None:
+def _check_windows(ids: Tensor, model: Any) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and ids.shape[1] > limit:
+        raise ValueError(
+            f"sequence_length must be at most max_position_embeddings of {_name(model)}, {limit}, got "
+            f"{ids.shape[1]}; lower sequence_length"
+        )
     size = model.get_input_embeddings().weight.shape[0]
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= size:

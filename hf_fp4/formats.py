@@ -52,7 +52,7 @@ class FP4Format(str, enum.Enum):
         """
         if self is FP4Format.NVFP4:
             return scale.float().clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
-        _, exponent = torch.frexp(scale.float().clamp_min(2.0**-127))
+        _, exponent = torch.frexp(scale.float().clamp(2.0**-127, 2.0**127))
         return (exponent - 1 + 127).clamp(0, 254).to(torch.uint8)
 
     def decode_scale(self, scale: torch.Tensor) -> torch.Tensor:

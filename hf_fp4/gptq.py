@@ -37,7 +37,8 @@ class FP4Weight:
     def split(self, rows: list[int]) -> list[FP4Weight]:
         """Cut stacked output rows back into the weights they were stacked from."""
         parts = zip(self.packed.split(rows), self.scale.split(rows), strict=True)
-        return [FP4Weight(p.clone(), s.clone(), self.global_scale, self.format) for p, s in parts]
+        clone = self.global_scale.clone if self.global_scale is not None else lambda: None
+        return [FP4Weight(p.clone(), s.clone(), clone(), self.format) for p, s in parts]
 
 
 def round_weight(
@@ -77,7 +78,7 @@ def solve(
     if order is not None:
         columns, steps, inverse = columns[order], steps[order], inverse[order]
     columns, steps, inverse = columns.clone(memory_format=torch.contiguous_format), steps.contiguous(), inverse.contiguous()
-    errors = torch.empty(min(BLOCK, len(columns)), columns.shape[1], device=weight.device)
+    errors = torch.empty(min(BLOCK, len(columns)), columns.shape[1], dtype=columns.dtype, device=columns.device)
     quantized = torch.empty_like(columns)
     for start in range(0, len(columns), BLOCK):
         stop = min(start + BLOCK, len(columns))
@@ -90,7 +91,7 @@ def solve(
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     if order is not None:
         quantized = torch.empty_like(quantized).index_copy_(0, order, quantized)
-    return round_weight(quantized.T, scale, fmt, global_scale)
+    return round_weight(quantized.T.contiguous(), scale, fmt, global_scale)
 
 
 def activation_order(second: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ class SecondMoments:
     """
 
     def __init__(self, in_features: int, device: torch.device, *, cross: bool):
-        self._sum = torch.zeros(in_features, in_features, device=device)
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._cross = torch.zeros_like(self._sum) if cross else None
         self.tokens = 0
 

@@ -26,7 +26,7 @@ def rotate(x: torch.Tensor, size: int | None) -> torch.Tensor:
     """
     if not size:
         return x.float()
-    return (x.float().reshape(-1, size) @ _hadamard(size, x.device)).view(x.shape)
+    return (x.float().unflatten(-1, (-1, size)) @ _hadamard(size, x.device)).flatten(-2)
 
 
 def require_divisor(size: int, in_features: int, name: str) -> None:
@@ -45,8 +45,9 @@ def largest_size(in_features: int) -> int | None:
 
 
 @cache
+@torch.inference_mode(False)  # cached, so it may meet autograd later
 def _hadamard(size: int, device: torch.device) -> torch.Tensor:
-    h = torch.ones(1, 1)
+    h = torch.ones(1, 1, dtype=torch.float32)
     while h.shape[0] < size:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
     return (h / size**0.5).to(device)

@@ -31,6 +31,7 @@ from transformers import (
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
+    RwkvConfig,
     T5Config,
 )
 
@@ -101,6 +102,8 @@ _CONFIGS = {
     "modernbert_decoder": lambda: ModernBertDecoderConfig(
         **_COMMON, cls_token_id=1, sep_token_id=2, local_attention=16
     ),
+    # Its blocks return three values, which the model unpacks.
+    "rwkv": lambda: RwkvConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, context_length=128),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_positions=128, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
     ),
@@ -121,7 +124,7 @@ _CONFIGS = {
 }
 _CLASSES = {"llava": AutoModelForImageTextToText, "bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
 
-OTHERS = ["bloom", "cohere", "modernbert_decoder", "gpt2", "mixtral", "qwen2_moe", *_CLASSES]
+OTHERS = ["bloom", "cohere", "modernbert_decoder", "rwkv", "gpt2", "mixtral", "qwen2_moe", *_CLASSES]
 FAMILIES = [family for family in _CONFIGS if family not in OTHERS]
 
 

@@ -63,6 +63,16 @@ GROUPS = {
         ["mlp.Wi"],
         ["mlp.Wo"],
     ],
+    # Every linear reads a mixture of its own.
+    "rwkv": [
+        ["attention.key"],
+        ["attention.value"],
+        ["attention.receptance"],
+        ["attention.output"],
+        ["feed_forward.key"],
+        ["feed_forward.value"],
+        ["feed_forward.receptance"],
+    ],
     "mixtral": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]],
     "bert": [
         ["attention.self.query", "attention.self.key", "attention.self.value"],
@@ -76,6 +86,7 @@ LIST_NAMES = {
     "gpt_neox": "gpt_neox.layers",
     "opt": "model.decoder.layers",
     "bloom": "transformer.h",
+    "rwkv": "rwkv.blocks",
     "bert": "bert.encoder.layer",
     "llava": "model.language_model.layers",
 }
@@ -143,6 +154,7 @@ def test_blocks_one_by_one_equal_the_whole_model(family, dtype):
 
 def test_tuple_outputs_are_detected():
     assert [plan.output_length for plan in planned("bloom")[2]] == [2, 2]
+    assert [plan.output_length for plan in planned("rwkv")[2]] == [3, 3]
     assert all(plan.output_is_tuple for plan in planned("bloom")[2])
     assert not any(plan.output_is_tuple for plan in planned("llama")[2])
 
@@ -192,12 +204,17 @@ def test_equal_arguments_are_stored_once():
 
 
 def test_arguments_that_differ_between_batches_are_not_merged():
+    def argument(ids):
+        value = torch.zeros(1000)
+        value[1] = ids[0, 0]  # elsewhere they are equal
+        return value
+
     model = tiny_model("llama")
     blocks = find_blocks(model)
     current = [tiny_tokens()]
     for block in blocks.modules:
         block.register_forward_pre_hook(
-            lambda _, args, kwargs: (args, {**kwargs, "tokens": current[0].clone()}), with_kwargs=True
+            lambda _, args, kwargs: (args, {**kwargs, "extra": argument(current[0])}), with_kwargs=True
         )
     plans = probe(model, blocks, current[0])
     batches = [tiny_tokens(seed=seed) for seed in (1, 2, 1)]
@@ -208,8 +225,8 @@ def test_arguments_that_differ_between_batches_are_not_merged():
 
     captured = list(capture_block_inputs(model, blocks, plans, feed()))
     for inputs, ids in zip(captured, batches, strict=True):
-        assert all(torch.equal(call.kwargs["tokens"], ids) for call in inputs.calls)
-    assert len({id(call.kwargs["tokens"]) for inputs in captured for call in inputs.calls}) == 2
+        assert all(torch.equal(call.kwargs["extra"], argument(ids)) for call in inputs.calls)
+    assert len({id(call.kwargs["extra"]) for inputs in captured for call in inputs.calls}) == 2
 
 
 def test_capture_computes_no_block_and_no_head():
@@ -391,6 +408,15 @@ def test_vision_towers_are_ignored_however_large():
     assert len(find_blocks(model).modules) == 2
 
 
+def test_vision_towers_inside_the_decoder_are_ignored():
+    model = skeleton("llava")
+    model.model.language_model.tower = model.model.vision_tower
+    del model.model.vision_tower
+    for layer in model.model.language_model.tower.encoder.layers:
+        layer.mlp.fc1 = nn.Linear(512, 512, device="meta")
+    assert find_blocks(model).name == "model.language_model.layers"
+
+
 def test_nested_lists_are_not_blocks():
     model = skeleton("llama")
     for layer in model.model.layers:
@@ -467,12 +493,20 @@ def test_copies_between_blocks_are_accepted():
     assert len(probe(model, find_blocks(model), tiny_tokens())) == 2
 
 
-def test_state_shared_between_blocks_is_refused():
+@pytest.mark.parametrize("positional", [False, True])
+def test_state_shared_between_blocks_is_refused(positional):
     model = tiny_model("llama")
-    shared = {}
+    masks = []
     first, second = model.model.layers
-    first.register_forward_hook(lambda _, args, output: shared.update(mean=output.mean()))
-    second.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **shared}), with_kwargs=True)
+
+    def use_state(block, args, kwargs):
+        if positional:
+            del kwargs["attention_mask"]
+            return (*args, masks[-1]), kwargs
+        return args, {**kwargs, "attention_mask": masks[-1]}
+
+    first.register_forward_hook(lambda _, args, output: masks.append(output.mean().expand(1, 1, 24, 24)))
+    second.register_forward_pre_hook(use_state, with_kwargs=True)
     with pytest.raises(
         ValueError, match=r"model.layers.1: expected arguments that do not depend on .*shared state"
     ):

@@ -100,7 +100,7 @@ def test_every_code_is_the_rounding_of_the_exact_value(fmt, features, ordered):
     _, values = gptq_by_definition(problem, forced_codes=codes)
     differs = spec.E2M1[codes] != spec.round_e2m1(values)
     assert (spec.distance_to_tie(values)[differs] < NEAR_TIE).all()
-    assert differs.mean() < 1e-3
+    assert differs.mean() < 1e-4
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["as is", "act order"])
@@ -114,7 +114,7 @@ def test_rows_equal_the_definition(fmt, features, ordered):
     order = np.arange(features) if problem.order is None else problem.order.numpy()
     differs = (actual != spec.E2M1[codes])[:, order]
     parted = differs.any(1).nonzero()[0]
-    assert len(parted) <= 0.1 * len(actual)
+    assert len(parted) <= 0.05 * len(actual)
     for row in parted:
         first = order[differs[row].argmax()]
         assert spec.distance_to_tie(values[row, first]) < NEAR_TIE
@@ -126,7 +126,7 @@ def test_the_output_error_is_well_below_rounding(fmt, ordered):
     for seed in range(5):
         problem = Problem(fmt, 192, rows=16, seed=seed, ordered=ordered)
         rounded = round_weight(problem.weight, problem.scale, fmt, problem.global_scale)
-        assert problem.output_error(problem.solve()) < 0.7 * problem.output_error(rounded)
+        assert problem.output_error(problem.solve()) < 0.5 * problem.output_error(rounded)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -148,7 +148,7 @@ def test_uncorrelated_inputs_leave_plain_rounding(fmt):
     problem.second = torch.diag(torch.rand(160) + 0.1)
     problem.order = activation_order(problem.second)
     rounded = round_weight(problem.weight, problem.scale, fmt, problem.global_scale)
-    assert torch.equal(problem.solve().packed, rounded.packed)
+    np.testing.assert_array_equal(spec.E2M1[codes_of(problem.solve())], spec.E2M1[codes_of(rounded)])
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -129,7 +129,7 @@ def test_moments_that_are_not_finite_name_the_layer(value):
 
 @pytest.mark.parametrize("damp_percent", [0.1, 0.01, 0.001])
 @pytest.mark.parametrize(
-    "features, tokens", [(48, 1000), (160, 2000), (160, 40)], ids=["", "large", "few tokens"]
+    "features, tokens", [(48, 1000), (160, 2000), (160, 40)], ids=["small", "large", "few tokens"]
 )
 def test_inverse_cholesky(features, tokens, damp_percent):
     x = correlated_inputs(tokens, features)

@@ -14,6 +14,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    MoonshineConfig,
+    MoonshineForConditionalGeneration,
+    UdopConfig,
+    UdopForConditionalGeneration,
 )
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -140,6 +144,16 @@ def test_fused_experts_and_routers_stay():
     assert selection.skipped == {**dict.fromkeys(experts, FUSED), "lm_head": HEAD}
 
 
+def test_experts_stacked_into_a_matrix_are_listed_and_their_biases_are_not():
+    model = skeleton("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    experts.w1 = nn.Parameter(torch.empty(4 * 128, 64, device="meta"))
+    experts.w1_bias = nn.Parameter(torch.empty(4, 128, device="meta"))
+    skipped = select_linears(model, NVFP4).skipped
+    assert skipped["model.layers.0.mlp.experts.w1"] == FUSED
+    assert "model.layers.0.mlp.experts.w1_bias" not in skipped
+
+
 def test_gate_with_a_single_output_stays_and_shared_experts_convert():
     selection = select_linears(skeleton("qwen2_moe"), NVFP4)
     shared = [f"mlp.shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
@@ -193,6 +207,28 @@ def test_vision_tower_and_projector_stay():
     assert selection.skipped["lm_head"] == HEAD
     assert tower_names(model) == ["model.vision_tower"]
     assert len(selection.selected) + len(selection.skipped) == len(linear_names(model))
+
+
+def test_linears_beside_the_text_model_stay():
+    model = skeleton("llava")
+    model.model.adapter = nn.Linear(32, 32, device="meta")
+    assert select_linears(model, NVFP4).skipped["model.adapter"] == "it is not part of the text model"
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "parts"),
+    [
+        # It reads speech: the encoder is a tower, and the body around both parts declares no text either.
+        (MoonshineForConditionalGeneration, MoonshineConfig(), {"model.decoder"}),
+        (UdopForConditionalGeneration, UdopConfig(num_layers=2), {"encoder.block", "decoder.block"}),
+    ],
+    ids=["moonshine", "udop"],
+)
+def test_text_parts_of_multimodal_encoder_decoders_convert(model_class, config, parts):
+    with torch.device("meta"):
+        model = model_class(config)
+    selected = select_linears(model, NVFP4).selected
+    assert {".".join(name.split(".")[:2]) for name in selected} == parts
 
 
 def test_projectors_inside_the_text_model_stay_in_multimodal_models_only():

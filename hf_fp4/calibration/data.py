@@ -31,10 +31,11 @@ BUILTIN = "builtin"
 
 _FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-# A long local text is read at places all over it, until there is this many times the need to choose from.
+# A long local text is read at places all over it, until there is this many times the need to choose from...
 _OVERSAMPLE = 8
+_MIN_PLACES = 16  # ... and at as many places at least
 # Tokenizers may slow down quadratically on one huge string, so long texts are cut, after a line if possible.
-_FRAGMENT_CHARS = 1 << 14
+_FRAGMENT_CHARS = 1 << 12
 _CHARS_PER_TOKEN = 4  # English; only decides how much is read at one place
 _SHUFFLE_BUFFER = 1024
 
@@ -141,10 +142,10 @@ def calibration_batches(
     if source.kind == "tokens":
         candidates = _token_windows(source, request)
     else:
-        if tokenizer is None:
+        if not has_vocabulary(tokenizer):
             raise ValueError(
-                f"{source.description} needs a tokenizer, got tokenizer=None; pass tokenizer=..., "
-                "or token ids (a list of integer tensors, or a dataset with the column input_ids)"
+                f"{source.description} needs a tokenizer, got {describe_missing(tokenizer)}; pass "
+                "tokenizer=..., or token ids (a list of integer tensors, or a dataset with column input_ids)"
             )
         candidates = _text_windows(source, tokenizer, request)
     return _package(_choose(candidates, request), source.description, request)
@@ -176,6 +177,18 @@ def builtin_batches(
 
 
 # --- what a tokenizer puts around text --------------------------------------------------------------------
+
+
+def has_vocabulary(tokenizer: Any) -> bool:
+    """False for None, and for the special tokens that transformers returns for a model without tokenizer."""
+    return tokenizer is not None and len(tokenizer) > len(set(tokenizer.all_special_ids))
+
+
+def describe_missing(tokenizer: Any) -> str:
+    """For the error about a tokenizer that is None or has no vocabulary."""
+    if tokenizer is None:
+        return "tokenizer=None"
+    return f"one of {len(tokenizer)} special tokens only (is the model without tokenizer files?)"
 
 
 def sequence_prefix(tokenizer: Any) -> list[int]:
@@ -327,14 +340,12 @@ def _hub_rows(name: str, seed: int) -> Iterator[Any]:
     try:
         stream = datasets.load_dataset(repo, config or None, split="train", streaming=True)
         yield from stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-    except (ValueError, ImportError):  # no such config or split, a package to install: says so itself
-        raise
     except Exception as error:  # no common base: the Hub's HTTP client has its own, and changed it once
         raise RuntimeError(
             f"the calibration dataset {name!r} cannot be read from the Hugging Face Hub "
-            f"({type(error).__name__}: {error}). Three ways out: (1) check the name and connect to the "
-            "network, or download the dataset into the local cache beforehand; (2) pass text of your own: a "
-            "list of strings, a datasets.Dataset, or a local .txt/.jsonl/.parquet file; "
+            f"({type(error).__name__}: {error}). Three ways out: (1) check the name and the config, and "
+            "connect to the network, or download the dataset into the local cache beforehand; (2) pass text "
+            "of your own: a list of strings, a datasets.Dataset, or a local .txt/.jsonl/.parquet file; "
             f'(3) pass dataset="{BUILTIN}", which needs no network'
         ) from error
 
@@ -454,7 +465,7 @@ def _read_spread(
         texts = [_as_text(record, tokenizer) for record in records[start : start + block]]
         tokens[start] = tokenize(texts, tokenizer)
         found += len(tokens[start])
-        if found >= _OVERSAMPLE * needed:
+        if found >= _OVERSAMPLE * needed and len(tokens) >= _MIN_PLACES:
             break
     return torch.cat([tokens[start] for start in sorted(tokens)])
 
@@ -620,13 +631,14 @@ _OPENINGS = (
 def _builtin(model: Any, tokenizer: Any, request: _Request, plan: _Sampling) -> CalibrationData:
     if model is None:
         raise ValueError(f'dataset="{BUILTIN}" is text that the model writes, got model=None; pass the model')
+    tokenizer = tokenizer if has_vocabulary(tokenizer) else None
     if model.can_generate() and not model.config.is_encoder_decoder:
         rows = _SelfWriter(model, tokenizer, request, plan).rows()
         return _package(rows, f'dataset "{BUILTIN}" (text that the model wrote itself)', request)
     if tokenizer is None:
         raise ValueError(
             f'dataset="{BUILTIN}" needs a causal LM or a tokenizer, got {type(model).__name__}, which cannot '
-            "generate, and tokenizer=None; pass tokenizer=..."
+            "generate, and no tokenizer; pass tokenizer=..."
         )
     logger.warning(
         f'{type(model).__name__} cannot generate text, so dataset="{BUILTIN}" is the documentation of the '

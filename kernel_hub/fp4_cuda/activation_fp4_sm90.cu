@@ -3,6 +3,8 @@
 // One thread holds 16 consecutive values of a token: one nvfp4 block, half an mxfp4 block, four butterflies of the
 // Hadamard transform; 8 neighbouring lanes hold 128 values, the longest transform. Outputs:
 //   tiled: what gemm_w4_sm90.cu reads, [token tiles, K/64, 8 or 4 chunks, tokens of a tile, 16 bytes]
+//   natural: what gemv_w4_mma.cu reads, [K/64, 8 or 16 tokens, 2 halves, 4 lanes, 8 values]; odd tokens swap the halves,
+//     so that shared memory is read without bank conflicts
 //   packed: uint8 codes [M, K/2] and row-major scales, the bytes of a checkpoint's activations
 #include "fp4_format.cuh"
 #include "fp4_kernels.h"
@@ -133,6 +135,7 @@ struct ActivationArgs {
   int token_tile;
   int hadamard;
   ScaleRule rule;
+  bool natural;
 };
 
 __device__ __forceinline__ uint32_t pack16(float a, float b, __nv_bfloat16) {
@@ -149,6 +152,17 @@ template <typename T>
 __device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
   const int tile = token / a.token_tile, row = token % a.token_tile;
   const int64_t block = static_cast<int64_t>(tile) * (a.k_padded / 64) + k0 / 64;
+  if (a.natural) {
+    uint4* natural = reinterpret_cast<uint4*>(a.out) + (block * a.token_tile + row) * 8 + (k0 / 16) % 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t w[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[i] = pack16(q.v[8 * h + 2 * i] * s, q.v[8 * h + 2 * i + 1] * s, T());
+      natural[(h ^ (row & 1)) * 4] = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+    return;
+  }
   uint32_t* out = reinterpret_cast<uint32_t*>(a.out) + block * (a.token_tile * 32) + row * 4 + (k0 / 16) % 4;
 #pragma unroll
   for (int c = 0; c < 8; ++c) out[c * a.token_tile * 4] = pack16(q.v[2 * c] * s, q.v[2 * c + 1] * s, T());
@@ -167,6 +181,19 @@ __device__ __forceinline__ void store_tiled8(const ActivationArgs& a, int token,
   }
 }
 
+// Row-major E4M3 [M, K] for a library product.
+__device__ __forceinline__ void store_rows8(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
+  uint32_t w[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const uint32_t lo = __nv_cvt_float2_to_fp8x2(make_float2(q.v[4 * c] * s, q.v[4 * c + 1] * s), __NV_SATFINITE, __NV_E4M3);
+    const uint32_t hi = __nv_cvt_float2_to_fp8x2(make_float2(q.v[4 * c + 2] * s, q.v[4 * c + 3] * s), __NV_SATFINITE, __NV_E4M3);
+    w[c] = lo | (hi << 16);
+  }
+  *reinterpret_cast<uint4*>(static_cast<uint8_t*>(a.out) + static_cast<int64_t>(token) * a.k + k0) =
+      make_uint4(w[0], w[1], w[2], w[3]);
+}
+
 __device__ __forceinline__ void store_packed(const ActivationArgs& a, int token, int k0, const Chunk& q) {
   uint32_t w[2] = {0, 0};
 #pragma unroll
@@ -175,7 +202,7 @@ __device__ __forceinline__ void store_packed(const ActivationArgs& a, int token,
       make_uint2(w[0], w[1]);
 }
 
-enum class Output : int { kRotated = 0, kTiled16 = 1, kTiled8 = 2, kPacked = 3 };
+enum class Output : int { kRotated = 0, kTiled16 = 1, kTiled8 = 2, kPacked = 3, kRows8 = 4 };
 
 // Everything that follows the token's range: quantize one chunk and store it.
 template <typename T, Format F, Output O>
@@ -198,6 +225,9 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
     if (!store) return;
     if constexpr (O == Output::kTiled16) store_tiled16<__nv_bfloat16>(a, token, k0, q, exp2_int(e));
     if constexpr (O == Output::kTiled8) store_tiled8(a, token, k0, q, exp2_int(max(e - token_exponent, -40)));
+    if constexpr (O == Output::kRows8) {
+      if (k0 < a.k) store_rows8(a, token, k0, q, exp2_int(max(e - token_exponent, -40)));
+    }
     if constexpr (O == Output::kPacked) {
       if (k0 >= a.k) return;
       store_packed(a, token, k0, q);
@@ -284,7 +314,7 @@ template <typename T>
 void dispatch(const ActivationProblem& p, cudaStream_t stream) {
   const ActivationArgs a{p.x,          p.global, p.out,        p.scales,   p.token_scale,
                          p.m,          p.k,      p.k_padded,   p.token_tile, p.hadamard,
-                         static_cast<ScaleRule>(p.rule)};
+                         static_cast<ScaleRule>(p.rule), p.natural};
   const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
   const bool dynamic = nvfp4 && p.global == nullptr;
   if (p.packed) {
@@ -293,7 +323,10 @@ void dispatch(const ActivationProblem& p, cudaStream_t stream) {
   }
   if (!p.quantize) return launch<T, Format::kNvfp4, Output::kRotated>(a, false, stream);
   if (nvfp4) return launch<T, Format::kNvfp4, Output::kTiled16>(a, dynamic, stream);
-  if (p.operand == static_cast<int>(Operand::kE4m3)) return launch<T, Format::kMxfp4, Output::kTiled8>(a, true, stream);
+  if (p.operand == static_cast<int>(Operand::kE4m3)) {
+    if (p.token_tile == 0) return launch<T, Format::kMxfp4, Output::kRows8>(a, true, stream);
+    return launch<T, Format::kMxfp4, Output::kTiled8>(a, true, stream);
+  }
   return launch<T, Format::kMxfp4, Output::kTiled16>(a, false, stream);
 }
 

@@ -14,13 +14,14 @@ struct ActivationProblem {
   uint8_t* scales;
   float* token_scale;
   int m, k, k_padded;
-  int token_tile;       // tokens per tile of the tiled output
+  int token_tile;       // tokens per tile of the tiled output; 0: row-major E4M3
   int hadamard;         // 0 or 16..128
   int rule;             // ScaleRule
   int format;           // Format
   int operand;          // Operand of the tiled output
   bool quantize;        // false: rotate only
   bool packed;          // codes and row-major scales instead of tiles
+  bool natural;         // tiled output for run_gemv
 };
 
 struct GemmProblem {
@@ -36,7 +37,7 @@ struct GemmProblem {
   int token_tile;
   int format;
   int operand;
-  int split;                // 0: chosen here
+  int split;                // 0: chosen here; blocks that share K, for run_gemv the variant
 };
 
 struct PrepareProblem {
@@ -49,7 +50,10 @@ struct PrepareProblem {
   int format;
 };
 
+// Row-major E4M3 [N, K] of a prepared mxfp4 weight, and what to multiply each row by.
+void run_expand_e4m3(const PrepareProblem& p, uint8_t* out, float* out_scale, cudaStream_t stream);
 void run_activation(const ActivationProblem& p, cudaStream_t stream);
+void run_gemv(const GemmProblem& p, cudaStream_t stream);
 void run_gemm_sm90(const GemmProblem& p, cudaStream_t stream);
 void run_prepare(const PrepareProblem& p, cudaStream_t stream);
 void run_restore(const PrepareProblem& p, uint8_t* weight, uint8_t* scale, cudaStream_t stream);

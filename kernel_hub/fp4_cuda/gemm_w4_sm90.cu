@@ -9,7 +9,9 @@
 //   bf16 / fp16 operands: the block scale is folded into the weight (exact: E2M1 x E4M3 has 6 significant bits).
 //   e4m3 operands (mxfp4 W4A4): E2M1 x 2^e relative to the row's largest block is exact in E4M3; the tensor cores add FP8
 //   products with few bits, so every 128 k the sum moves to FP32 registers.
-#include "fp4_format.cuh"
+#include <array>
+
+#include "expand_fp4.cuh"
 #include "fp4_kernels.h"
 #include "pipeline_sm90.cuh"
 #include "wgmma_sm90.cuh"
@@ -61,105 +63,6 @@ template <int kTokens>
 __device__ __forceinline__ uint64_t token_descriptor(uint32_t address) {
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (static_cast<uint64_t>(kTokens) << 16) |
          (static_cast<uint64_t>(8) << 32);
-}
-
-// ---- FP4 -> 16 bit ------------------------------------------------------------------------------------------------
-// Four pairs of a word as bf16 bits of value * 2^-126 (see code_bits_*).
-template <Format kFormat>
-__device__ __forceinline__ void expand_word(uint32_t w, uint32_t (&pair)[4]) {
-  constexpr uint32_t kAll = 0x81C081C0u, kMag = 0x01C001C0u, kSign = 0x80008000u;
-  if constexpr (kFormat == Format::kNvfp4) {
-    pair[0] = (w << 6) & kAll;
-    pair[1] = (w << 2) & kAll;
-    pair[2] = __funnelshift_r(w, w, 4) & kAll;
-    pair[3] = (w & 0x81808180u) | ((w >> 8) & 0x00400040u);
-  } else {
-    pair[0] = ((w << 6) & kMag) | ((w << 8) & kSign);
-    pair[1] = ((w << 2) & kMag) | (w & kSign);
-    pair[2] = ((w >> 2) & kMag) | ((w << 12) & kSign);
-    pair[3] = ((w >> 6) & kMag) | ((w << 4) & kSign);
-  }
-}
-
-__device__ __forceinline__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
-  uint32_t r;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-__device__ __forceinline__ uint32_t multiply_fp16(uint32_t a, uint32_t b) {
-  uint32_t r;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-
-// The prepared scale byte in both halves, as the operand type.
-template <Operand kOperand, Format kFormat>
-__device__ __forceinline__ uint32_t expand_scale(uint32_t byte) {
-  if constexpr (kOperand == Operand::kBf16) {
-    return kFormat == Format::kNvfp4 ? byte * 0x00100010u + 0x76807680u : byte * 0x00800080u;
-  } else {
-    if constexpr (kFormat == Format::kNvfp4) return byte * 0x00800080u + 0x34003400u;
-    return static_cast<uint32_t>(max(static_cast<int>(byte) - 223, 0)) * 0x04000400u;
-  }
-}
-
-// One lane's 2 rows x 16 k -> the A fragments of four k16 steps.
-template <Operand kOperand, Format kFormat>
-__device__ __forceinline__ void expand16(uint4 raw, uint32_t scales, uint32_t (&a)[4][4]) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-  const uint32_t s[2] = {expand_scale<kOperand, kFormat>(scales & 0xFF), expand_scale<kOperand, kFormat>(scales >> 8)};
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    uint32_t pair[4];
-    expand_word<kFormat>(words[w], pair);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t v = pair[i];
-      if constexpr (kOperand == Operand::kFp16) {
-        v = (v & 0x01C001C0u) * 8 + (v & 0x80008000u);  // exponent and mantissa sit three bits higher in fp16
-        v = multiply_fp16(v, s[w / 2]);
-      } else {
-        v = multiply_bf16(v, s[w / 2]);
-      }
-      // Register order of A: row g k-low, row g+8 k-low, row g k-high, row g+8 k-high.
-      a[(w % 2) * 2 + i / 2][(i % 2) * 2 + w / 2] = v;
-    }
-  }
-}
-
-// ---- FP4 -> E4M3 --------------------------------------------------------------------------------------------------
-// E4M3 bytes of {0, .5, 1, 1.5, 2, 3, 4, 6} * 2^e for e = 6 - below: a table in two registers that prmt indexes.
-__device__ __forceinline__ uint2 e4m3_table(int below) {
-  if (below <= 11) {  // all normal: an exponent step is 8 in every byte but zero's
-    const uint32_t step = static_cast<uint32_t>(11 - below) * 0x08080808u;
-    // e = -5: 0, 2^-6, 2^-5, 1.5 * 2^-5 | 2^-4, 1.5 * 2^-4, 2^-3, 1.5 * 2^-3
-    return make_uint2(0x14100800u + (step & 0xFFFFFF00u), 0x24201C18u + step);
-  }
-  switch (below) {  // subnormals, multiples of 2^-9; the last ones round to nearest even
-    case 12: return make_uint2(0x0C080400u, 0x1C181410u);
-    case 13: return make_uint2(0x06040200u, 0x14100C08u);
-    case 14: return make_uint2(0x03020100u, 0x0C080604u);
-    case 15: return make_uint2(0x02010000u, 0x06040302u);
-    case 16: return make_uint2(0x00000000u, 0x03020201u);
-    default: return make_uint2(0u, 0u);
-  }
-}
-
-__device__ __forceinline__ void expand_word_e4m3(uint32_t w, uint2 table, uint32_t& first, uint32_t& second) {
-  const uint32_t magnitudes = w & 0x77777777u;
-  const uint32_t select0 = __byte_perm(magnitudes, 0, 0x4420), select1 = __byte_perm(magnitudes, 0, 0x4431);
-  first = __byte_perm(table.x, table.y, select0) | (w & 0x80808080u);
-  second = __byte_perm(table.x, table.y, select1) | ((w << 4) & 0x80808080u);
-}
-
-// One lane's 2 rows x 16 k -> the A fragments of two k32 steps.
-__device__ __forceinline__ void expand8(uint4 raw, uint32_t scales, uint32_t (&a)[2][4]) {
-  const uint2 t0 = e4m3_table(kTopScaleMxfp4 - static_cast<int>(scales & 0xFF));
-  const uint2 t1 = e4m3_table(kTopScaleMxfp4 - static_cast<int>(scales >> 8));
-  expand_word_e4m3(raw.x, t0, a[0][0], a[0][2]);
-  expand_word_e4m3(raw.y, t0, a[1][0], a[1][2]);
-  expand_word_e4m3(raw.z, t1, a[0][1], a[0][3]);
-  expand_word_e4m3(raw.w, t1, a[1][1], a[1][3]);
 }
 
 // ---- The ring ------------------------------------------------------------------------------------------------------
@@ -235,45 +138,60 @@ struct Lane {
   }
 };
 
+// A place in the ring, moved on without divisions.
+template <class T>
+struct Cursor {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == T::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
 // bf16 / fp16: while the tensor cores multiply tile i, tile i + 1 is expanded into the other register buffer.
 template <class T, Operand kOperand, Format kFormat, int kTokens>
 __device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, float (&acc)[kTokens / 2]) {
+  constexpr int kPerStage = T::kTilesPerStage, kUnroll = kPerStage < 2 ? 2 : kPerStage;
   const Lane<T, kFormat> lane;
   uint32_t a[2][4][4];
-  auto expand = [&](int i, uint32_t (&dst)[4][4]) {
-    const int stage = i / T::kTilesPerStage, in_stage = i % T::kTilesPerStage, s = stage % T::kStages;
-    if (in_stage == 0) barrier_wait(ring.full(s), (stage / T::kStages) & 1);
-    const uint32_t base = ring.stage(s) + in_stage * T::kWeightTile;
+  auto expand = [&](uint32_t stage, int in_stage, uint32_t (&dst)[4][4]) {
+    const uint32_t base = stage + in_stage * T::kWeightTile;
     expand16<kOperand, kFormat>(load_shared16(base + lane.codes), load_shared2(base + lane.scales), dst);
   };
-  auto multiply = [&](int i, uint32_t (&src)[4][4]) {
-    const int s = i / T::kTilesPerStage % T::kStages;
-    const uint32_t tokens = ring.stage(s) + kGroups * T::kWeightStage + i % T::kTilesPerStage * T::kTokenTile;
+  auto multiply = [&](uint32_t stage, int in_stage, uint32_t (&src)[4][4]) {
+    const uint32_t tokens = stage + kGroups * T::kWeightStage + in_stage * T::kTokenTile;
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       Wgmma<kOperand, kTokens>::run(acc, src[j], token_descriptor<kTokens>(tokens + j * kTokens * 32), 1);
     wgmma_commit();
   };
-  auto release = [&](int i) {  // tile i has been multiplied
-    if (i % T::kTilesPerStage == T::kTilesPerStage - 1 && threadIdx.x % 32 == 0)
-      barrier_arrive(ring.empty(i / T::kTilesPerStage % T::kStages));
-  };
 
   if (tiles == 0) return;
-  expand(0, a[0]);
-  for (int i = 0; i < tiles; i += 2) {
-    multiply(i, a[0]);
-    if (i > 0) {
-      wgmma_wait<1>();
-      release(i - 1);
-    }
-    if (i + 1 < tiles) {
-      expand(i + 1, a[1]);
-      multiply(i + 1, a[1]);
-      wgmma_wait<1>();
-      release(i);
-      if (i + 2 < tiles) expand(i + 2, a[0]);
+  Cursor<T> at;
+  uint32_t stage = ring.stage(0), finished = 0;  // finished: empty barrier of the stage before
+  barrier_wait(ring.full(0), 0);
+  expand(stage, 0, a[0]);
+  for (int i = 0; i < tiles; i += kUnroll) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (i + u < tiles) {
+        multiply(stage, u % kPerStage, a[u & 1]);
+        wgmma_wait<1>();  // the tile before has been multiplied: its registers and perhaps its stage are free
+        if (u % kPerStage == 0 && finished != 0 && threadIdx.x % 32 == 0) barrier_arrive(finished);
+        if (i + u + 1 < tiles) {
+          if ((u + 1) % kPerStage == 0) {
+            finished = ring.empty(at.stage);
+            at.next();
+            stage = ring.stage(at.stage);
+            barrier_wait(ring.full(at.stage), at.phase);
+          }
+          expand(stage, (u + 1) % kPerStage, a[(u + 1) & 1]);
+        }
+      }
     }
   }
   wgmma_wait<0>();
@@ -282,19 +200,19 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, float 
 // E4M3: two tiles (128 k) are added inside the tensor cores, then move to FP32.
 template <class T, int kTokens>
 __device__ __forceinline__ void consume8(const Ring<T>& ring, int tiles, float (&acc)[kTokens / 2]) {
+  constexpr int kPerStage = T::kTilesPerStage;
+  static_assert(kPerStage % 2 == 0, "a pair of tiles must not straddle stages");
   const Lane<T, Format::kMxfp4> lane;
   uint32_t a[2][4][4];
   float part[kTokens / 2];
-  const int pairs = (tiles + 1) / 2;
-  auto expand = [&](int pair, uint32_t (&dst)[4][4]) {
-    const int i = 2 * pair, stage = i / T::kTilesPerStage, in_stage = i % T::kTilesPerStage, s = stage % T::kStages;
-    if (in_stage == 0) barrier_wait(ring.full(s), (stage / T::kStages) & 1);
-    const uint32_t base = ring.stage(s) + in_stage * T::kWeightTile;
+  // `both`: the pair has a second tile; else that half multiplies zero weights with the first tile's tokens.
+  auto expand = [&](uint32_t stage, int in_stage, bool both, uint32_t (&dst)[4][4]) {
+    const uint32_t base = stage + in_stage * T::kWeightTile;
     uint32_t half[2][4];
     expand8(load_shared16(base + lane.codes), load_shared2(base + lane.scales), half);
 #pragma unroll
     for (int r = 0; r < 4; ++r) dst[0][r] = half[0][r], dst[1][r] = half[1][r];
-    if (i + 1 < tiles) {
+    if (both) {
       expand8(load_shared16(base + T::kWeightTile + lane.codes), load_shared2(base + T::kWeightTile + lane.scales), half);
     } else {
 #pragma unroll
@@ -303,10 +221,9 @@ __device__ __forceinline__ void consume8(const Ring<T>& ring, int tiles, float (
 #pragma unroll
     for (int r = 0; r < 4; ++r) dst[2][r] = half[0][r], dst[3][r] = half[1][r];
   };
-  auto multiply = [&](int pair, uint32_t (&src)[4][4]) {
-    const int i = 2 * pair, s = i / T::kTilesPerStage % T::kStages;
-    const uint32_t tokens = ring.stage(s) + kGroups * T::kWeightStage + i % T::kTilesPerStage * T::kTokenTile;
-    const uint32_t second = i + 1 < tiles ? tokens + T::kTokenTile : tokens;  // with zero weights
+  auto multiply = [&](uint32_t stage, int in_stage, bool both, uint32_t (&src)[4][4]) {
+    const uint32_t tokens = stage + kGroups * T::kWeightStage + in_stage * T::kTokenTile;
+    const uint32_t second = both ? tokens + T::kTokenTile : tokens;
     wgmma_fence();
     Wgmma<Operand::kE4m3, kTokens>::run(part, src[0], token_descriptor<kTokens>(tokens), 0);
     Wgmma<Operand::kE4m3, kTokens>::run(part, src[1], token_descriptor<kTokens>(tokens + kTokens * 32), 1);
@@ -314,25 +231,33 @@ __device__ __forceinline__ void consume8(const Ring<T>& ring, int tiles, float (
     Wgmma<Operand::kE4m3, kTokens>::run(part, src[3], token_descriptor<kTokens>(second + kTokens * 32), 1);
     wgmma_commit();
   };
-  auto finish = [&](int pair) {
-    wgmma_wait<0>();
-#pragma unroll
-    for (int r = 0; r < kTokens / 2; ++r) acc[r] += part[r];
-    const int i = 2 * pair + 1;
-    if (i % T::kTilesPerStage == T::kTilesPerStage - 1 && threadIdx.x % 32 == 0)
-      barrier_arrive(ring.empty(i / T::kTilesPerStage % T::kStages));
-  };
 
   if (tiles == 0) return;
-  expand(0, a[0]);
-  for (int pair = 0; pair < pairs; pair += 2) {
-    multiply(pair, a[0]);
-    if (pair + 1 < pairs) expand(pair + 1, a[1]);
-    finish(pair);
-    if (pair + 1 < pairs) {
-      multiply(pair + 1, a[1]);
-      if (pair + 2 < pairs) expand(pair + 2, a[0]);
-      finish(pair + 1);
+  constexpr int kUnroll = kPerStage < 4 ? 4 : kPerStage;  // two pairs, so that the register buffers alternate
+  Cursor<T> at;
+  uint32_t stage = ring.stage(0);
+  barrier_wait(ring.full(0), 0);
+  expand(stage, 0, tiles > 1, a[0]);
+  for (int i = 0; i < tiles; i += kUnroll) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; u += 2) {
+      if (i + u < tiles) {
+        multiply(stage, u % kPerStage, i + u + 1 < tiles, a[u / 2 & 1]);
+        uint32_t finished = 0;
+        if (i + u + 2 < tiles) {
+          if ((u + 2) % kPerStage == 0) {
+            finished = ring.empty(at.stage);
+            at.next();
+            stage = ring.stage(at.stage);
+            barrier_wait(ring.full(at.stage), at.phase);
+          }
+          expand(stage, (u + 2) % kPerStage, i + u + 3 < tiles, a[(u / 2 + 1) & 1]);
+        }
+        wgmma_wait<0>();
+        if (finished != 0 && threadIdx.x % 32 == 0) barrier_arrive(finished);
+#pragma unroll
+        for (int r = 0; r < kTokens / 2; ++r) acc[r] += part[r];
+      }
     }
   }
 }
@@ -412,6 +337,7 @@ __global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOpe
   const int first = static_cast<int>(static_cast<int64_t>(p.k_tiles) * rank / split);
   const Range k{first, static_cast<int>(static_cast<int64_t>(p.k_tiles) * (rank + 1) / split) - first};
 
+  grid_dependency_launch();
   if (threadIdx.x == kConsumers) {
     for (int s = 0; s < T::kStages; ++s) {
       barrier_init(ring.full(s), 1);
@@ -422,10 +348,10 @@ __global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOpe
   __syncthreads();
 
   if (threadIdx.x >= kConsumers) {
-    if constexpr (Shape<kOperand, kTokens>::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if constexpr (Shape<kOperand, kTokens>::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x == kConsumers) produce<T, kTokens>(p, ring, k, token_block, row_block);
   } else {
-    if constexpr (Shape<kOperand, kTokens>::kMoveRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if constexpr (Shape<kOperand, kTokens>::kMoveRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     float acc[kTokens / 2];
 #pragma unroll
     for (int r = 0; r < kTokens / 2; ++r) acc[r] = 0.0f;
@@ -443,18 +369,44 @@ __global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOpe
   }
 }
 
-int choose_split(int blocks, int k_tiles, int slots) {
-  int split = slots / blocks;
-  if (split > 8) split = 8;
-  while (split > 1 && k_tiles / split < 4) --split;
-  return split < 1 ? 1 : split;
+constexpr int kMostSplit = 8;
+
+// How many clusters of each size fit on the GPU at once: less than its multiprocessors divided by the size, because a
+// cluster stays inside one group of them.
+template <Operand kOperand, Format kFormat, int kTokens>
+std::array<int, kMostSplit + 1> count_clusters() {
+  using T = Traits<kOperand, kFormat, kTokens>;
+  std::array<int, kMostSplit + 1> active = {};
+  for (int split = 1; split <= kMostSplit; ++split) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = split;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(split);
+    config.blockDim = dim3(Shape<kOperand, kTokens>::kThreads);
+    config.dynamicSmemBytes = T::kSmem;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check_cuda(cudaOccupancyMaxActiveClusters(&active[split], gemm_w4_kernel<kOperand, kFormat, kTokens>, &config),
+               "cudaOccupancyMaxActiveClusters");
+  }
+  return active;
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
+// The split of K with the shortest time: rounds of blocks times tiles of k, and a little for every addition.
+int choose_split(const std::array<int, kMostSplit + 1>& active, int blocks, int k_tiles) {
+  int best = 1, best_cost = 1 << 30;
+  for (int split = 1; split <= kMostSplit && k_tiles / split >= 4; ++split) {
+    if (active[split] == 0) continue;
+    const int rounds = (blocks + active[split] - 1) / active[split];
+    const int cost = rounds * ((k_tiles + split - 1) / split + 4) + (split > 1 ? 2 + split / 2 : 0);
+    if (cost < best_cost) {
+      best = split;
+      best_cost = cost;
+    }
+  }
+  return best;
 }
 
 template <Operand kOperand, Format kFormat, int kTokens>
@@ -463,9 +415,8 @@ void launch(const GemmProblem& p, cudaStream_t stream) {
   const auto kernel = gemm_w4_kernel<kOperand, kFormat, kTokens>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSmem), "shared memory");
   const int token_blocks = (p.m + kTokens - 1) / kTokens, row_blocks = (p.n + kRows - 1) / kRows;
-  const int split = p.split > 0 ? p.split
-                                : choose_split(token_blocks * row_blocks, p.k_tiles,
-                                               multiprocessors() * Shape<kOperand, kTokens>::kBlocksPerSm);
+  static const std::array<int, kMostSplit + 1> active = count_clusters<kOperand, kFormat, kTokens>();
+  const int split = p.split > 0 ? p.split : choose_split(active, token_blocks * row_blocks, p.k_tiles);
   const float factor = kOperand == Operand::kE4m3 ? 1.0f / 64.0f
                        : kOperand == Operand::kFp16 && kFormat == Format::kMxfp4 ? 0.5f : 1.0f;
   launch_after(kernel, dim3(split, token_blocks, row_blocks), dim3(Shape<kOperand, kTokens>::kThreads), T::kSmem, split, stream,
@@ -475,8 +426,6 @@ void launch(const GemmProblem& p, cudaStream_t stream) {
 template <Operand kOperand, Format kFormat>
 void dispatch_tokens(const GemmProblem& p, cudaStream_t stream) {
   switch (p.token_tile) {
-    case 8: return launch<kOperand, kFormat, 8>(p, stream);
-    case 16: return launch<kOperand, kFormat, 16>(p, stream);
     case 32: return launch<kOperand, kFormat, 32>(p, stream);
     case 64: return launch<kOperand, kFormat, 64>(p, stream);
     case 128: return launch<kOperand, kFormat, 128>(p, stream);
@@ -484,7 +433,7 @@ void dispatch_tokens(const GemmProblem& p, cudaStream_t stream) {
       if constexpr (kOperand != Operand::kE4m3) return launch<kOperand, kFormat, 256>(p, stream);
       break;
   }
-  throw std::runtime_error("gemm_w4_sm90: token_tile must be 8, 16, 32, 64, 128 or (not for E4M3) 256, got " +
+  throw std::runtime_error("gemm_w4_sm90: token_tile must be 32, 64, 128 or (not for E4M3) 256, got " +
                            std::to_string(p.token_tile));
 }
 

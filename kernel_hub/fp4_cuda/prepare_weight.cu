@@ -1,5 +1,5 @@
 // Re-layout of a stored FP4 weight for the sm_90 GEMM, once at load, and its exact inverse.
-#include "fp4_format.cuh"
+#include "expand_fp4.cuh"
 #include "fp4_kernels.h"
 #include "pipeline_sm90.cuh"
 
@@ -93,7 +93,36 @@ __global__ void __launch_bounds__(128) restore_kernel(const PrepareProblem p, ui
   }
 }
 
+// bytes k0, k2, k1, k3 of the tensor cores' order -> k0..k3
+__device__ __forceinline__ uint32_t in_order(uint32_t x) { return __byte_perm(x, 0, 0x3120); }
+
+__global__ void __launch_bounds__(128) expand_e4m3_kernel(const PrepareProblem p, uint8_t* out,
+                                                          float* out_scale) {
+  const int k_tiles = (p.k + 63) / 64;
+  const int tile_n = blockIdx.x / k_tiles, tile_k = blockIdx.x % k_tiles;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
+  const uint8_t* tile = p.packed + static_cast<int64_t>(blockIdx.x) * kTileBytesMxfp4;
+  const uint4 raw = *reinterpret_cast<const uint4*>(tile + warp * 512 + lane * 16);
+  const uint32_t scales = *reinterpret_cast<const uint16_t*>(tile + kTileCodeBytes + warp * 32 + (g * 2 + t / 2) * 2);
+  uint32_t a[2][4];
+  expand8(raw, scales, a);
+  const int row = tile_n * 64 + warp * 16 + g, k0 = tile_k * 64 + t * 16;
+  if (k0 >= p.k) return;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (k0 == 0 && row + 8 * h < p.n) out_scale[row + 8 * h] = p.row_scale[row + 8 * h] * 0.015625f;
+    if (row + 8 * h < p.n)
+      *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row + 8 * h) * p.k + k0) =
+          make_uint4(in_order(a[0][h]), in_order(a[0][2 + h]), in_order(a[1][h]), in_order(a[1][2 + h]));
+  }
+}
+
 }  // namespace
+
+void run_expand_e4m3(const PrepareProblem& p, uint8_t* out, float* out_scale, cudaStream_t stream) {
+  expand_e4m3_kernel<<<(p.n + 63) / 64 * ((p.k + 63) / 64), 128, 0, stream>>>(p, out, out_scale);
+  check_cuda(cudaGetLastError(), "expand_e4m3_kernel");
+}
 
 void run_prepare(const PrepareProblem& p, cudaStream_t stream) {
   const int tiles = (p.n + 63) / 64 * ((p.k + 63) / 64);

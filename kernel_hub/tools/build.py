@@ -96,7 +96,7 @@ def torch_libraries(scratch: Path) -> list[str]:
     for name in ("libtorch_cpu.so", "libtorch_cuda.so"):
         run(["g++", "-shared", f"-Wl,-soname,{name}", "-o", str(scratch / name), "-x", "c++", "/dev/null"])
         paths.append(str(scratch / name))
-    return ["-Xlinker=--no-as-needed", *paths]
+    return ["-Xlinker", ",".join(["--no-as-needed", *paths])]
 
 
 def compile_extension(config: dict, ops_name: str, nvcc: str, archs: list[str], out: Path) -> None:

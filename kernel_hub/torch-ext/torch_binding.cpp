@@ -2,6 +2,7 @@
 #include "torch_binding.h"
 
 #include <cuda_runtime.h>
+#include <array>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -36,6 +37,17 @@ const void* data_or_null(const std::optional<Tensor>& t) { return t.has_value() 
 int64_t tokens_of(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.size(-1); }
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Up to 16 tokens go through mma.sync, which has no FP8 on this chip: 16-bit operands hold mxfp4 values as exactly.
+constexpr int64_t kGemvTokens = 16;
+int64_t operand_for(int64_t m, int64_t operand) { return m <= kGemvTokens && operand == kE4m3 ? kBf16 : operand; }
+
+// From here on expanding an mxfp4 weight to E4M3 once and calling the library's FP8 product is faster than expanding it
+// in every block of our own kernel. The library writes bf16 only.
+constexpr int64_t kLibraryTokens = 512;
+bool through_library(int64_t m, int64_t operand, bool out_is_bf16) {
+  return operand == kE4m3 && m >= kLibraryTokens && out_is_bf16;
+}
 
 // Tokens of one tile: a function of M and the operand type alone, so that activation and GEMM agree.
 int64_t token_tile(int64_t m, int64_t operand) {
@@ -158,12 +170,16 @@ std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::option
   STD_TORCH_CHECK(quantize ? operand != kFp16 : (operand == kBf16) == p.x_is_bf16,
                   "operand must be bf16 or E4M3 for W4A4, and the dtype of x for W4A16");
   const DeviceGuard guard(x.get_device_index());
-  p.token_tile = static_cast<int>(token_tile(p.m, operand));
+  operand = operand_for(p.m, operand);
+  const bool library = through_library(p.m, operand, p.x_is_bf16);
+  p.token_tile = library ? 0 : static_cast<int>(token_tile(p.m, operand));
+  p.natural = p.m <= kGemvTokens;
   p.quantize = quantize;
   p.operand = static_cast<int>(operand);
-  const int64_t bytes = div_up(p.m, p.token_tile) * p.token_tile * p.k_padded * (operand == kE4m3 ? 1 : 2);
+  const int64_t bytes = library ? static_cast<int64_t>(p.m) * p.k
+                                : div_up(p.m, p.token_tile) * p.token_tile * p.k_padded * (operand == kE4m3 ? 1 : 2);
   const bool per_token = quantize && (operand == kE4m3 || (format == kNvfp4 && !global.has_value()));
-  Tensor tokens = new_tensor(x, {bytes}, ScalarType::Byte);
+  Tensor tokens = new_tensor(x, {bytes}, library ? ScalarType::Float8_e4m3fn : ScalarType::Byte);
   Tensor token_scale = new_tensor(x, {per_token ? p.m : quantize ? 1 : 0}, ScalarType::Float);
   p.out = tokens.data_ptr();
   p.token_scale = quantize ? static_cast<float*>(token_scale.data_ptr()) : nullptr;
@@ -171,18 +187,45 @@ std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::option
   return {tokens, token_scale};
 }
 
+// tokens: row-major E4M3 [M, K]. Accumulation in FP32: with use_fast_accum, sums of one sign lose their small addends.
+static Tensor library_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
+                           const std::optional<Tensor>& bias, int64_t m) {
+  const int64_t n = row_scale.numel(), k = tokens.numel() / m;
+  Tensor weight = new_tensor(packed, {n, k}, ScalarType::Float8_e4m3fn);
+  Tensor scale = new_tensor(packed, {n}, ScalarType::Float);
+  fp4::run_expand_e4m3(prepare_problem(packed, row_scale, n, k, kMxfp4), static_cast<uint8_t*>(weight.data_ptr()),
+                       static_cast<float*>(scale.data_ptr()), current_stream(packed));
+  using torch::stable::detail::from;
+  Tensor rows = torch::stable::view(tokens, {m, k}), token_column = torch::stable::view(token_scale, {m, 1});
+  Tensor columns = torch::stable::transpose(weight, 0, 1), row_line = torch::stable::view(scale, {1, n});
+  std::array<StableIValue, 8> stack{from(rows),
+                                    from(columns),
+                                    from(token_column),
+                                    from(row_line),
+                                    from(bias),
+                                    from(std::optional<Tensor>()),
+                                    from(std::optional<ScalarType>(ScalarType::BFloat16)),
+                                    from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_scaled_mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
                      const std::optional<Tensor>& bias, int64_t m, int64_t operand, bool out_is_bf16, int64_t split) {
   const int64_t format = format_of(packed), n = row_scale.numel(), k_tiles = packed.size(1);
+  operand = operand_for(m, operand);
+  const bool library = through_library(m, operand, out_is_bf16);
   const int64_t tile = token_tile(m, operand);
   const ScalarType dtype = out_is_bf16 ? ScalarType::BFloat16 : ScalarType::Half;
-  STD_TORCH_CHECK(tokens.numel() == div_up(m, tile) * tile * k_tiles * (operand == kE4m3 ? 64 : 128),
+  STD_TORCH_CHECK(library ? div_up(tokens.numel() / m, 64) == k_tiles
+                          : tokens.numel() == div_up(m, tile) * tile * k_tiles * (operand == kE4m3 ? 64 : 128),
                   "tokens were prepared for another shape or operand type");
   STD_TORCH_CHECK(operand != kE4m3 || format == kMxfp4, "E4M3 operands are for mxfp4 weights");
   STD_TORCH_CHECK(div_up(n, 64) == packed.size(0) && n % 16 == 0, "row_scale does not belong to this prepared weight");
   STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == n && bias->scalar_type() == dtype && bias->is_contiguous()),
                   "bias must be contiguous [N] of the output dtype");
   const DeviceGuard guard(tokens.get_device_index());
+  if (library) return library_gemm(tokens, token_scale, packed, row_scale, bias, m);
   Tensor out = new_tensor(tokens, {m, n}, dtype);
   fp4::GemmProblem p = {};
   p.weight = static_cast<const uint8_t*>(packed.data_ptr());
@@ -200,7 +243,8 @@ Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tens
   p.format = static_cast<int>(format);
   p.operand = static_cast<int>(operand);
   p.split = static_cast<int>(split);
-  fp4::run_gemm_sm90(p, current_stream(tokens));
+  if (m <= kGemvTokens) fp4::run_gemv(p, current_stream(tokens));
+  else fp4::run_gemm_sm90(p, current_stream(tokens));
   return out;
 }
 

