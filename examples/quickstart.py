@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="directory for both checkpoints")
     parser.add_argument("--model", type=Path, help="another checkpoint than SmolLM2, with a chat template")
     parser.add_argument("--num-samples", type=int, default=32)
-    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--sequence-length", type=int, default=256)
     args = parser.parse_args()
 
     source = args.model or write_checkpoint(args.output / "smollm2-bf16")

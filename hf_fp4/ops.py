@@ -16,6 +16,10 @@ LIBRARY.define(
     "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_global_scale, Tensor? input_global_scale, "
     "Tensor? bias, str format, str? activation_scale_rule, int hadamard_size) -> Tensor"
 )
+LIBRARY.define(  # straight through the quantization of x: a linear with the dequantized weight
+    "linear_input_gradient(Tensor gradient, Tensor weight, Tensor weight_scale, Tensor? weight_global_scale, "
+    "str format, int hadamard_size) -> Tensor"
+)
 
 
 def linear(
@@ -65,6 +69,26 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@torch.library.register_fake("hf_fp4::linear_input_gradient", lib=LIBRARY)
+def _linear_input_gradient_fake(gradient, weight, weight_scale, weight_global_scale, format, hadamard_size):
+    return gradient.new_empty((*gradient.shape[:-1], 2 * weight.shape[1]))
+
+
+def _save_for_backward(ctx, inputs, output):
+    _, weight, weight_scale, weight_global_scale, _, _, format, _, hadamard_size = inputs
+    ctx.save_for_backward(weight, weight_scale, weight_global_scale)
+    ctx.format, ctx.hadamard_size = format, hadamard_size
+
+
+def _linear_backward(ctx, gradient):
+    x = torch.ops.hf_fp4.linear_input_gradient(gradient, *ctx.saved_tensors, ctx.format, ctx.hadamard_size)
+    bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[5] else None
+    return x, None, None, None, None, bias, None, None, None
+
+
+torch.library.register_autograd("hf_fp4::linear", _linear_backward, setup_context=_save_for_backward, lib=LIBRARY)
+
+
 def check_linear(
     name: str,
     weight: torch.Tensor,
@@ -108,6 +132,8 @@ def check_linear(
         raise ValueError(
             f"{name}.weight_scale holds {int(bad.sum())} zero, negative or NaN scales, the first at {where}; {_BROKEN}"
         )
+    if format.has_global_scale and "weight_global_scale" not in global_scales:
+        raise ValueError(f"{name}.weight_global_scale is missing, {format.value} needs it; {_BROKEN}")
     for buffer, value in global_scales.items():
         if value.numel() != 1 or value.dtype != torch.float32:
             raise ValueError(f"{name}.{buffer} must be float32 [1], got {value.dtype} {list(value.shape)}; {_BROKEN}")

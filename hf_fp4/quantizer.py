@@ -87,9 +87,16 @@ class MRGPTQHfQuantizer(HfQuantizer):
             config.modules = dict(self._on_load.sizes)
 
     def _insert_layers(self, model: PreTrainedModel) -> None:
-        config, names = self.quantization_config, dict(self.quantization_config.modules)
-        present = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        missing = sorted(names.keys() - present)
+        config = self.quantization_config
+        linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        prefix = f"{model.base_model_prefix}."  # a head model holds under this name what the bare model holds by itself
+        sizes, missing = {}, []
+        for saved, size in config.modules.items():
+            found = next((n for n in (saved, saved.removeprefix(prefix), prefix + saved) if n in linears), None)
+            if found is None:
+                missing.append(saved)
+            else:
+                sizes[found] = size
         if missing:
             raise ValueError(
                 f"{type(model).__name__} has no linear {missing[0]} (and {len(missing) - 1} more) that the checkpoint "
@@ -97,9 +104,10 @@ class MRGPTQHfQuantizer(HfQuantizer):
             )
 
         def factory(name: str, linear: nn.Linear) -> FP4Linear:
-            return new_layer(linear, config, names[name], static_input_scale=config.static_input_scale)
+            return new_layer(linear, config, sizes[name], static_input_scale=config.static_input_scale)
 
-        replace_linears(model, factory, names)
+        replace_linears(model, factory, sizes)
+        config.modules = sizes
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module_name, _, tensor_name = param_name.rpartition(".")

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-hypothesis.settings.register_profile("hf_fp4", deadline=None, derandomize=True, max_examples=100)
+hypothesis.settings.register_profile(
+    "hf_fp4", deadline=None, derandomize=True, max_examples=100, database=None
+)
 hypothesis.settings.load_profile("hf_fp4")
 
 

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from hf_fp4.calibration import data
-from hf_fp4.calibration.data import DEFAULT_DATASET, builtin_batches, calibration_batches
+from hf_fp4.calibration.data import builtin_batches, calibration_batches
+from hf_fp4.config import DEFAULT_DATASET
 
 WORDS = 60_000
 BOS, EOS = WORDS, WORDS + 1

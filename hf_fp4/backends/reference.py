@@ -67,3 +67,18 @@ def _linear(
 
 
 LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+
+
+def _linear_input_gradient(gradient, weight, weight_scale, weight_global_scale, format, hadamard_size):
+    dtype = compute_dtype(gradient.dtype)
+    x = matmul(
+        gradient.to(dtype),
+        None,
+        dequantize_blocks(weight, weight_scale, FP4Format(format), dtype).T,
+        weight_global_scale,
+        None,
+    )
+    return rotate(x, hadamard_size).to(gradient.dtype)
+
+
+LIBRARY.impl("linear_input_gradient", _linear_input_gradient, "CompositeExplicitAutograd")

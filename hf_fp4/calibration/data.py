@@ -26,7 +26,6 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_DATASET = "HuggingFaceFW/fineweb-edu:sample-10BT"
 BUILTIN = "builtin"
 
 _FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -110,7 +109,7 @@ def calibration_batches(
 
     Args:
         dataset: one of
-            - a Hub dataset, `"name"` or `"name:config"` (`DEFAULT_DATASET`); its split `train` is streamed;
+            - a Hub dataset, `"name"` or `"name:config"` ; its split `train` is streamed;
             - a `datasets.Dataset` or `IterableDataset`, or a list of rows, with a column `input_ids` (token
               ids; an `attention_mask` beside it takes out padding), `text`, `messages` (chats, for the
               tokenizer's template), or else a single column of strings;

@@ -79,6 +79,16 @@ class FP4Linear(nn.Module):
         """Raise ValueError if a scale is misshapen, zero, negative or non-finite; ``name`` is used in the message."""
         ops.check_linear(name, self.weight, self.weight_scale, self.global_scales, self.format, self.hadamard_size)
 
+    def _apply(self, fn, recurse: bool = True):
+        """`model.to(dtype)` and `.half()` move the packed weight and its scales, and cast only the bias."""
+        kept = {id(buffer) for buffer in self.buffers(recurse=False)}
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            changed = fn(tensor)
+            return tensor.to(changed.device) if id(tensor) in kept and changed.dtype != tensor.dtype else changed
+
+        return super()._apply(apply, recurse)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.linear(
             x,

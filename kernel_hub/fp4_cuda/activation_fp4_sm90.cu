@@ -2,9 +2,10 @@
 //
 // One thread holds 16 consecutive values of a token: one nvfp4 block, half an mxfp4 block, four butterflies of the
 // Hadamard transform; 8 neighbouring lanes hold 128 values, the longest transform. Outputs:
-//   tiled: what gemm_w4_sm90.cu reads, [token tiles, K/64, 8 or 4 chunks, tokens of a tile, 16 bytes]
+//   tiled: what gemm_w4_sm90.cu reads, [token tiles, K/64, 8 chunks, tokens of a tile, 16 bytes]
 //   natural: what gemv_w4_mma.cu reads, [K/64, 8 or 16 tokens, 2 halves, 4 lanes, 8 values]; odd tokens swap the halves,
 //     so that shared memory is read without bank conflicts
+//   rows: E4M3 [M, K] for the library's FP8 product
 //   packed: uint8 codes [M, K/2] and row-major scales, the bytes of a checkpoint's activations
 #include "fp4_format.cuh"
 #include "fp4_kernels.h"
@@ -168,19 +169,6 @@ __device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token
   for (int c = 0; c < 8; ++c) out[c * a.token_tile * 4] = pack16(q.v[2 * c] * s, q.v[2 * c + 1] * s, T());
 }
 
-// 8-bit tiles: chunk c holds values 4c, 4c+2, 4c+1, 4c+3 of each of the four lanes (the order that expands cheapest).
-__device__ __forceinline__ void store_tiled8(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
-  const int tile = token / a.token_tile, row = token % a.token_tile;
-  const int64_t block = static_cast<int64_t>(tile) * (a.k_padded / 64) + k0 / 64;
-  uint32_t* out = reinterpret_cast<uint32_t*>(a.out) + block * (a.token_tile * 16) + row * 4 + (k0 / 16) % 4;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const uint32_t lo = __nv_cvt_float2_to_fp8x2(make_float2(q.v[4 * c] * s, q.v[4 * c + 2] * s), __NV_SATFINITE, __NV_E4M3);
-    const uint32_t hi = __nv_cvt_float2_to_fp8x2(make_float2(q.v[4 * c + 1] * s, q.v[4 * c + 3] * s), __NV_SATFINITE, __NV_E4M3);
-    out[c * a.token_tile * 4] = lo | (hi << 16);
-  }
-}
-
 // Row-major E4M3 [M, K] for a library product.
 __device__ __forceinline__ void store_rows8(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
   uint32_t w[4];
@@ -202,7 +190,7 @@ __device__ __forceinline__ void store_packed(const ActivationArgs& a, int token,
       make_uint2(w[0], w[1]);
 }
 
-enum class Output : int { kRotated = 0, kTiled16 = 1, kTiled8 = 2, kPacked = 3, kRows8 = 4 };
+enum class Output : int { kRotated = 0, kTiled16 = 1, kPacked = 2, kRows8 = 3 };
 
 // Everything that follows the token's range: quantize one chunk and store it.
 template <typename T, Format F, Output O>
@@ -224,7 +212,6 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
     const int e = quantize_mxfp4(c, a.rule, q);
     if (!store) return;
     if constexpr (O == Output::kTiled16) store_tiled16<__nv_bfloat16>(a, token, k0, q, exp2_int(e));
-    if constexpr (O == Output::kTiled8) store_tiled8(a, token, k0, q, exp2_int(max(e - token_exponent, -40)));
     if constexpr (O == Output::kRows8) {
       if (k0 < a.k) store_rows8(a, token, k0, q, exp2_int(max(e - token_exponent, -40)));
     }
@@ -323,10 +310,7 @@ void dispatch(const ActivationProblem& p, cudaStream_t stream) {
   }
   if (!p.quantize) return launch<T, Format::kNvfp4, Output::kRotated>(a, false, stream);
   if (nvfp4) return launch<T, Format::kNvfp4, Output::kTiled16>(a, dynamic, stream);
-  if (p.operand == static_cast<int>(Operand::kE4m3)) {
-    if (p.token_tile == 0) return launch<T, Format::kMxfp4, Output::kRows8>(a, true, stream);
-    return launch<T, Format::kMxfp4, Output::kTiled8>(a, true, stream);
-  }
+  if (p.operand == static_cast<int>(Operand::kE4m3)) return launch<T, Format::kMxfp4, Output::kRows8>(a, true, stream);
   return launch<T, Format::kMxfp4, Output::kTiled16>(a, false, stream);
 }
 

@@ -13,24 +13,31 @@ namespace fp4 {
 
 enum class Format : int { kNvfp4 = 0, kMxfp4 = 1 };
 enum class ScaleRule : int { kAbsmax = 0, kFourOverSix = 1, kMse = 2 };
-// What the tensor cores see: the operand type of the tokens and of the expanded weights.
+// What the tensor cores see: the type of the tokens and of the expanded weights. E4M3 goes through the library.
 enum class Operand : int { kBf16 = 0, kFp16 = 1, kE4m3 = 2 };
 
 // ---- Prepared weight ----------------------------------------------------------------------------------------------
-// uint8 [ceil(N/64), ceil(K/64), tile_bytes]. One tile is 64 output rows x 64 k:
-//   2048 bytes of codes: [4 warps][32 lanes][16 bytes], then the scales: [4 warps][64 (nvfp4) or 32 (mxfp4) bytes].
-// Lane (g, t) = (lane / 4, lane % 4) of warp w owns rows 16w+g and 16w+g+8 and the 16 consecutive k 16t..16t+15: words
-// 0, 1 are row g (k 0..7, 8..15 of the lane), words 2, 3 row g+8. So one 16-byte load feeds the four k16 steps of a
-// wgmma A fragment, and all 16 codes of a row share one block scale. The tensor cores' own k order inside a 64-block is
-// therefore a permutation; the activation kernel writes tokens in the same one.
-constexpr int kTileN = 64;
+// uint8 [ceil(N/64) * 4, ceil(K/64), tile_bytes]. One tile is 16 output rows x 64 k: 512 bytes of codes ([32 lanes][16
+// bytes]), then 64 (nvfp4) or 32 (mxfp4) bytes of scales. Tiles of a row slice follow each other along k, so a warp or a
+// bulk copy reads one contiguous stream.
+// Lane (g, t) = (lane / 4, lane % 4) owns rows g and g+8 of the slice and the 16 consecutive k 16t..16t+15: words 0, 1 are
+// row g (k 0..7, 8..15 of the lane), words 2, 3 row g+8. So one 16-byte load feeds the four k16 steps of a tensor-core A
+// fragment, and all 16 codes of a row share one block scale. The tensor cores' own k order inside a 64-block is therefore
+// a permutation; the activation kernel writes tokens in the same one.
+constexpr int kSliceRows = 16;
+constexpr int kSlicesPerBlock = 4;  // N is padded to 64 rows, what a warpgroup multiplies
 constexpr int kTileK = 64;
-constexpr int kTileCodeBytes = kTileN * kTileK / 2;
-constexpr int kTileBytesNvfp4 = kTileCodeBytes + kTileN * 4;
-constexpr int kTileBytesMxfp4 = kTileCodeBytes + kTileN * 2;
+constexpr int kTileCodeBytes = kSliceRows * kTileK / 2;
+constexpr int kTileBytesNvfp4 = kTileCodeBytes + kSliceRows * 4;
+constexpr int kTileBytesMxfp4 = kTileCodeBytes + kSliceRows * 2;
 
 __host__ __device__ constexpr int tile_bytes(Format f) {
   return f == Format::kNvfp4 ? kTileBytesNvfp4 : kTileBytesMxfp4;
+}
+
+// Where in a tile a lane's two scale bytes (rows g, g+8) are.
+__host__ __device__ constexpr int lane_scale_offset(Format f, int lane) {
+  return kTileCodeBytes + (f == Format::kNvfp4 ? lane * 2 : (lane / 4 * 2 + lane % 4 / 2) * 2);
 }
 
 // ---- Bit placement inside a 32-bit word of 8 codes k0..k7 -----------------------------------------------------------

@@ -14,11 +14,11 @@ struct ActivationProblem {
   uint8_t* scales;
   float* token_scale;
   int m, k, k_padded;
-  int token_tile;       // tokens per tile of the tiled output; 0: row-major E4M3
+  int token_tile;       // tokens per tile of the tiled output
   int hadamard;         // 0 or 16..128
   int rule;             // ScaleRule
   int format;           // Format
-  int operand;          // Operand of the tiled output
+  int operand;          // Operand of the output; E4M3 is row-major
   bool quantize;        // false: rotate only
   bool packed;          // codes and row-major scales instead of tiles
   bool natural;         // tiled output for run_gemv

@@ -1,14 +1,11 @@
-// y[M, N] = tokens x FP4 weight^T on Hopper's tensor cores, any M.
+// y[M, N] = tokens x FP4 weight^T on Hopper's tensor cores, for more than a few tokens.
 //
-// wgmma takes only operand A from registers, so the weights are A (64 rows a warpgroup), expanded from FP4 in registers,
-// and the tokens are B (N = 8..256 tokens a tile) in shared memory. A producer warp streams prepared weight tiles and
-// token tiles with bulk copies into a ring of stages; two consumer warpgroups expand and multiply. With few tokens the k
-// range is split over the blocks of a cluster, which add up through distributed shared memory in a fixed order, so that
-// the result is the same every time and no workspace exists.
-//
-//   bf16 / fp16 operands: the block scale is folded into the weight (exact: E2M1 x E4M3 has 6 significant bits).
-//   e4m3 operands (mxfp4 W4A4): E2M1 x 2^e relative to the row's largest block is exact in E4M3; the tensor cores add FP8
-//   products with few bits, so every 128 k the sum moves to FP32 registers.
+// wgmma takes only operand A from registers, so the weights are A (64 rows a warpgroup), expanded from FP4 in registers
+// with their block scales folded in (exact: E2M1 x E4M3 has 6 significant bits), and the tokens are B (32..256 tokens a
+// tile) in shared memory. A producer warp streams prepared weight tiles and token tiles with bulk copies into a ring of
+// stages; two or four consumer warpgroups expand and multiply. Four share one token tile where reading tokens from L2
+// would be the limit. With few blocks the k range is split over the blocks of a cluster, which add up through distributed
+// shared memory in a fixed order, so that the result is the same every time and no workspace exists.
 #include <array>
 
 #include "expand_fp4.cuh"
@@ -19,36 +16,36 @@
 namespace fp4 {
 namespace {
 
-constexpr int kGroups = 2;                    // consumer warpgroups
-constexpr int kRows = 64 * kGroups;           // output features of a block
-constexpr int kConsumers = 128 * kGroups;
-
-// Tile sizes by tokens of a tile. Few tokens: many small stages in flight on two blocks per multiprocessor.
-template <Operand kOperand, int kTokens>
+// Sizes by tokens of a tile.
+template <int kTokens>
 struct Shape {
-  static constexpr bool kFp8 = kOperand == Operand::kE4m3;
+  static constexpr int kGroups = kTokens == 64 || kTokens == 128 ? 4 : 2;  // consumer warpgroups
+  static constexpr int kRows = 64 * kGroups;                              // output features of a block
+  static constexpr int kConsumers = 128 * kGroups;
   // Accumulators of wide token tiles need more registers than an even share: the producer is then a whole warpgroup,
   // which hands its registers over.
   static constexpr bool kMoveRegisters = kTokens >= 128;
+  static constexpr int kConsumerRegisters = kGroups == 2 ? 240 : 120, kProducerRegisters = 24;
   static constexpr int kThreads = kConsumers + (kMoveRegisters ? 128 : 32);
-  static constexpr int kBlocksPerSm = kTokens <= (kFp8 ? 32 : 64) ? 2 : 1;
-  static constexpr int kTilesPerStage = kTokens <= 32 ? 4 : kTokens <= 128 ? 2 : 1;
-  static constexpr int kStages = kTokens <= 16 ? 4 : kTokens <= 32 ? 3 : kTokens == 64 ? (kFp8 ? 8 : 3) : 5;
+  static constexpr int kBlocksPerSm = kTokens == 32 ? 2 : 1;
+  static constexpr int kTilesPerStage = kTokens == 32 ? 4 : kTokens <= 128 ? 2 : 1;
+  static constexpr int kStages = kTokens == 32 ? 3 : kTokens == 64 ? 6 : kTokens == 128 ? 4 : 5;
+  // Expanded weights of the next tile, while the tensor cores still read this one's; four warpgroups overlap each other.
+  static constexpr int kBuffers = kTokens == 128 ? 1 : 2;
 };
 
-template <Operand kOperand, Format kFormat, int kTokens>
-struct Traits {
-  using S = Shape<kOperand, kTokens>;
-  static constexpr bool kFp8 = S::kFp8;
-  static constexpr int kStages = S::kStages;
-  static constexpr int kTilesPerStage = S::kTilesPerStage;
+template <Format kFormat, int kTokens>
+struct Traits : Shape<kTokens> {
+  using S = Shape<kTokens>;
   static constexpr int kWeightTile = tile_bytes(kFormat);
-  static constexpr int kTokenTile = kTokens * (kFp8 ? 64 : 128);
-  static constexpr int kWeightStage = kTilesPerStage * kWeightTile;  // of one warpgroup
-  static constexpr int kStageBytes = (kGroups * kWeightStage + kTilesPerStage * kTokenTile + 127) / 128 * 128;
-  static constexpr int kReduceStride = kRows + 4;
+  static constexpr int kTokenTile = kTokens * 128;
+  static constexpr int kSliceStage = S::kTilesPerStage * kWeightTile;            // one row slice's part of a stage
+  static constexpr int kWeightStage = kSlicesPerBlock * kSliceStage;             // of one warpgroup
+  static constexpr int kTokenOffset = (S::kGroups * kWeightStage + 127) / 128 * 128;
+  static constexpr int kStageBytes = kTokenOffset + S::kTilesPerStage * kTokenTile;
+  static constexpr int kReduceStride = S::kRows + 4;
   static constexpr int kReduceBytes = kTokens * kReduceStride * 4;
-  static constexpr int kRing = kStages * kStageBytes > kReduceBytes ? kStages * kStageBytes : kReduceBytes;
+  static constexpr int kRing = S::kStages * kStageBytes > kReduceBytes ? S::kStages * kStageBytes : kReduceBytes;
   static constexpr int kSmem = kRing + 256 + 128;  // barriers, alignment
 };
 
@@ -78,32 +75,32 @@ struct Range {
   int first, count;  // k tiles of this block
 };
 
-template <class T, int kTokens>
+template <class T>
 __device__ void produce(const GemmProblem& p, const Ring<T>& ring, Range k, int token_block, int row_block) {
   const int stages = (k.count + T::kTilesPerStage - 1) / T::kTilesPerStage;
-  const int last_row_tile = (p.n + 63) / 64 - 1;
+  const int last_slice = (p.n + 63) / 64 * kSlicesPerBlock - 1, slices = T::kGroups * kSlicesPerBlock;
   const uint64_t stream_once = policy_evict_first(), keep = policy_evict_last();
   const uint8_t* tokens = static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(token_block) * p.k_tiles * T::kTokenTile;
 
   auto tiles_of = [&](int i) { return min(T::kTilesPerStage, k.count - i * T::kTilesPerStage); };
   auto copy_weights = [&](int i) {
     const int s = i % T::kStages, tiles = tiles_of(i);
-    barrier_expect(ring.full(s), tiles * (kGroups * T::kWeightTile + T::kTokenTile));
-    for (int g = 0; g < kGroups; ++g) {
-      const int row_tile = min(row_block * kGroups + g, last_row_tile);
-      const int64_t tile = static_cast<int64_t>(row_tile) * p.k_tiles + k.first + i * T::kTilesPerStage;
-      bulk_copy(ring.stage(s) + g * T::kWeightStage, p.weight + tile * T::kWeightTile, tiles * T::kWeightTile,
+    barrier_expect(ring.full(s), tiles * (slices * T::kWeightTile + T::kTokenTile));
+    for (int r = 0; r < slices; ++r) {
+      const int slice = min(row_block * slices + r, last_slice);
+      const int64_t tile = static_cast<int64_t>(slice) * p.k_tiles + k.first + i * T::kTilesPerStage;
+      bulk_copy(ring.stage(s) + r * T::kSliceStage, p.weight + tile * T::kWeightTile, tiles * T::kWeightTile,
                 ring.full(s), gridDim.y == 1 ? stream_once : keep);
     }
   };
   auto copy_tokens = [&](int i) {
     const int s = i % T::kStages;
-    bulk_copy(ring.stage(s) + kGroups * T::kWeightStage,
+    bulk_copy(ring.stage(s) + T::kTokenOffset,
               tokens + static_cast<int64_t>(k.first + i * T::kTilesPerStage) * T::kTokenTile, tiles_of(i) * T::kTokenTile,
               ring.full(s), keep);
   };
 
-  // Weights never depend on an earlier kernel of this stream's token path: fetch them while it still runs.
+  // Weights never depend on the kernel before: fetch them while it still runs.
   const int early = min(stages, T::kStages);
   for (int i = 0; i < early; ++i) copy_weights(i);
   grid_dependency_wait();
@@ -126,18 +123,6 @@ __device__ __forceinline__ uint32_t load_shared2(uint32_t address) {
   return v;
 }
 
-// What a consumer thread knows about its place.
-template <class T, Format kFormat>
-struct Lane {
-  uint32_t codes, scales;  // offsets inside a stage
-  __device__ __forceinline__ Lane() {
-    const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    codes = group * T::kWeightStage + warp * 512 + lane * 16;
-    const int in_warp = kFormat == Format::kNvfp4 ? warp * 64 + lane * 2 : warp * 32 + (lane / 4 * 2 + lane % 4 / 2) * 2;
-    scales = group * T::kWeightStage + kTileCodeBytes + in_warp;
-  }
-};
-
 // A place in the ring, moved on without divisions.
 template <class T>
 struct Cursor {
@@ -151,18 +136,19 @@ struct Cursor {
   }
 };
 
-// bf16 / fp16: while the tensor cores multiply tile i, tile i + 1 is expanded into the other register buffer.
+// While the tensor cores multiply tile i, tile i + 1 is expanded into the other register buffer (if there are two).
 template <class T, Operand kOperand, Format kFormat, int kTokens>
-__device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, float (&acc)[kTokens / 2]) {
+__device__ __forceinline__ void consume(const Ring<T>& ring, int tiles, float (&acc)[kTokens / 2]) {
   constexpr int kPerStage = T::kTilesPerStage, kUnroll = kPerStage < 2 ? 2 : kPerStage;
-  const Lane<T, kFormat> lane;
-  uint32_t a[2][4][4];
+  const uint32_t slice = threadIdx.x / 32 * T::kSliceStage, lane = threadIdx.x % 32;
+  const uint32_t codes = slice + lane * 16, scales = slice + lane_scale_offset(kFormat, lane);
+  uint32_t a[T::kBuffers][4][4];
   auto expand = [&](uint32_t stage, int in_stage, uint32_t (&dst)[4][4]) {
     const uint32_t base = stage + in_stage * T::kWeightTile;
-    expand16<kOperand, kFormat>(load_shared16(base + lane.codes), load_shared2(base + lane.scales), dst);
+    expand16<kOperand, kFormat>(load_shared16(base + codes), load_shared2(base + scales), dst);
   };
   auto multiply = [&](uint32_t stage, int in_stage, uint32_t (&src)[4][4]) {
-    const uint32_t tokens = stage + kGroups * T::kWeightStage + in_stage * T::kTokenTile;
+    const uint32_t tokens = stage + T::kTokenOffset + in_stage * T::kTokenTile;
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; ++j)
@@ -179,8 +165,8 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, float 
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (i + u < tiles) {
-        multiply(stage, u % kPerStage, a[u & 1]);
-        wgmma_wait<1>();  // the tile before has been multiplied: its registers and perhaps its stage are free
+        multiply(stage, u % kPerStage, a[u % T::kBuffers]);
+        wgmma_wait<T::kBuffers - 1>();  // the buffer that comes next is free, and perhaps the stage before
         if (u % kPerStage == 0 && finished != 0 && threadIdx.x % 32 == 0) barrier_arrive(finished);
         if (i + u + 1 < tiles) {
           if ((u + 1) % kPerStage == 0) {
@@ -189,77 +175,12 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, float 
             stage = ring.stage(at.stage);
             barrier_wait(ring.full(at.stage), at.phase);
           }
-          expand(stage, (u + 1) % kPerStage, a[(u + 1) & 1]);
+          expand(stage, (u + 1) % kPerStage, a[(u + 1) % T::kBuffers]);
         }
       }
     }
   }
   wgmma_wait<0>();
-}
-
-// E4M3: two tiles (128 k) are added inside the tensor cores, then move to FP32.
-template <class T, int kTokens>
-__device__ __forceinline__ void consume8(const Ring<T>& ring, int tiles, float (&acc)[kTokens / 2]) {
-  constexpr int kPerStage = T::kTilesPerStage;
-  static_assert(kPerStage % 2 == 0, "a pair of tiles must not straddle stages");
-  const Lane<T, Format::kMxfp4> lane;
-  uint32_t a[2][4][4];
-  float part[kTokens / 2];
-  // `both`: the pair has a second tile; else that half multiplies zero weights with the first tile's tokens.
-  auto expand = [&](uint32_t stage, int in_stage, bool both, uint32_t (&dst)[4][4]) {
-    const uint32_t base = stage + in_stage * T::kWeightTile;
-    uint32_t half[2][4];
-    expand8(load_shared16(base + lane.codes), load_shared2(base + lane.scales), half);
-#pragma unroll
-    for (int r = 0; r < 4; ++r) dst[0][r] = half[0][r], dst[1][r] = half[1][r];
-    if (both) {
-      expand8(load_shared16(base + T::kWeightTile + lane.codes), load_shared2(base + T::kWeightTile + lane.scales), half);
-    } else {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) half[0][r] = half[1][r] = 0;
-    }
-#pragma unroll
-    for (int r = 0; r < 4; ++r) dst[2][r] = half[0][r], dst[3][r] = half[1][r];
-  };
-  auto multiply = [&](uint32_t stage, int in_stage, bool both, uint32_t (&src)[4][4]) {
-    const uint32_t tokens = stage + kGroups * T::kWeightStage + in_stage * T::kTokenTile;
-    const uint32_t second = both ? tokens + T::kTokenTile : tokens;
-    wgmma_fence();
-    Wgmma<Operand::kE4m3, kTokens>::run(part, src[0], token_descriptor<kTokens>(tokens), 0);
-    Wgmma<Operand::kE4m3, kTokens>::run(part, src[1], token_descriptor<kTokens>(tokens + kTokens * 32), 1);
-    Wgmma<Operand::kE4m3, kTokens>::run(part, src[2], token_descriptor<kTokens>(second), 1);
-    Wgmma<Operand::kE4m3, kTokens>::run(part, src[3], token_descriptor<kTokens>(second + kTokens * 32), 1);
-    wgmma_commit();
-  };
-
-  if (tiles == 0) return;
-  constexpr int kUnroll = kPerStage < 4 ? 4 : kPerStage;  // two pairs, so that the register buffers alternate
-  Cursor<T> at;
-  uint32_t stage = ring.stage(0);
-  barrier_wait(ring.full(0), 0);
-  expand(stage, 0, tiles > 1, a[0]);
-  for (int i = 0; i < tiles; i += kUnroll) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; u += 2) {
-      if (i + u < tiles) {
-        multiply(stage, u % kPerStage, i + u + 1 < tiles, a[u / 2 & 1]);
-        uint32_t finished = 0;
-        if (i + u + 2 < tiles) {
-          if ((u + 2) % kPerStage == 0) {
-            finished = ring.empty(at.stage);
-            at.next();
-            stage = ring.stage(at.stage);
-            barrier_wait(ring.full(at.stage), at.phase);
-          }
-          expand(stage, (u + 2) % kPerStage, i + u + 3 < tiles, a[(u / 2 + 1) & 1]);
-        }
-        wgmma_wait<0>();
-        if (finished != 0 && threadIdx.x % 32 == 0) barrier_arrive(finished);
-#pragma unroll
-        for (int r = 0; r < kTokens / 2; ++r) acc[r] += part[r];
-      }
-    }
-  }
 }
 
 // ---- Epilogue ------------------------------------------------------------------------------------------------------
@@ -283,13 +204,14 @@ __device__ void write_output(const GemmArgs& args, uint32_t reduce, int token_bl
   const int tokens = min(kTokens, p.m - token_block * kTokens);
   const Out* bias = static_cast<const Out*>(p.bias);
   Out* out = static_cast<Out*>(p.out);
-  for (int c = rank * kConsumers + threadIdx.x; c < tokens * (kRows / 8); c += split * kConsumers) {
-    const int token = c / (kRows / 8), row = c % (kRows / 8) * 8;
-    const int n = row_block * kRows + row;
+  for (int c = rank * T::kConsumers + threadIdx.x; c < tokens * (T::kRows / 8); c += split * T::kConsumers) {
+    const int token = c / (T::kRows / 8), row = c % (T::kRows / 8) * 8;
+    const int n = row_block * T::kRows + row;
     if (n >= p.n) continue;
     const int m = token_block * kTokens + token;
     const uint32_t address = reduce + (token * T::kReduceStride + row) * 4;
     float v[8] = {};
+#pragma unroll 4
     for (int r = 0; r < split; ++r) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -323,12 +245,15 @@ __device__ __forceinline__ void store_accumulators(float* reduce, const float (&
   }
 }
 
-__device__ __forceinline__ void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
+template <class T>
+__device__ __forceinline__ void consumer_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(T::kConsumers) : "memory");
+}
 
 template <Operand kOperand, Format kFormat, int kTokens>
-__global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOperand, kTokens>::kBlocksPerSm)
+__global__ void __launch_bounds__(Shape<kTokens>::kThreads, Shape<kTokens>::kBlocksPerSm)
     gemm_w4_kernel(const __grid_constant__ GemmArgs args) {
-  using T = Traits<kOperand, kFormat, kTokens>;
+  using T = Traits<kFormat, kTokens>;
   extern __shared__ uint8_t raw[];
   const GemmProblem& p = args.p;
   const uint32_t base = (smem_address(raw) + 127) & ~127u;
@@ -338,31 +263,30 @@ __global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOpe
   const Range k{first, static_cast<int>(static_cast<int64_t>(p.k_tiles) * (rank + 1) / split) - first};
 
   grid_dependency_launch();
-  if (threadIdx.x == kConsumers) {
+  if (threadIdx.x == T::kConsumers) {
     for (int s = 0; s < T::kStages; ++s) {
       barrier_init(ring.full(s), 1);
-      barrier_init(ring.empty(s), 4 * kGroups);
+      barrier_init(ring.empty(s), 4 * T::kGroups);
     }
     barrier_init_fence();
   }
   __syncthreads();
 
-  if (threadIdx.x >= kConsumers) {
-    if constexpr (Shape<kOperand, kTokens>::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (threadIdx.x == kConsumers) produce<T, kTokens>(p, ring, k, token_block, row_block);
+  if (threadIdx.x >= T::kConsumers) {
+    if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(T::kProducerRegisters));
+    if (threadIdx.x == T::kConsumers) produce<T>(p, ring, k, token_block, row_block);
   } else {
-    if constexpr (Shape<kOperand, kTokens>::kMoveRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(T::kConsumerRegisters));
     float acc[kTokens / 2];
 #pragma unroll
     for (int r = 0; r < kTokens / 2; ++r) acc[r] = 0.0f;
-    if constexpr (T::kFp8) consume8<T, kTokens>(ring, k.count, acc);
-    else consume16<T, kOperand, kFormat, kTokens>(ring, k.count, acc);
+    consume<T, kOperand, kFormat, kTokens>(ring, k.count, acc);
 
     grid_dependency_wait();
-    consumer_sync();  // every stage has been read: the ring becomes the reduction buffer
+    consumer_sync<T>();  // every stage has been read: the ring becomes the reduction buffer
     store_accumulators<T, kTokens>(reinterpret_cast<float*>(raw + (base - smem_address(raw))), acc);
     if (split > 1) cluster_sync();
-    else consumer_sync();
+    else consumer_sync<T>();
     if (p.out_is_bf16) write_output<T, kTokens, __nv_bfloat16>(args, base, token_block, row_block, split, rank);
     else write_output<T, kTokens, __half>(args, base, token_block, row_block, split, rank);
     if (split > 1) cluster_sync();  // a peer may still read this block's shared memory
@@ -375,7 +299,7 @@ constexpr int kMostSplit = 8;
 // cluster stays inside one group of them.
 template <Operand kOperand, Format kFormat, int kTokens>
 std::array<int, kMostSplit + 1> count_clusters() {
-  using T = Traits<kOperand, kFormat, kTokens>;
+  using T = Traits<kFormat, kTokens>;
   std::array<int, kMostSplit + 1> active = {};
   for (int split = 1; split <= kMostSplit; ++split) {
     cudaLaunchAttribute attribute;
@@ -384,7 +308,7 @@ std::array<int, kMostSplit + 1> count_clusters() {
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(split);
-    config.blockDim = dim3(Shape<kOperand, kTokens>::kThreads);
+    config.blockDim = dim3(T::kThreads);
     config.dynamicSmemBytes = T::kSmem;
     config.attrs = &attribute;
     config.numAttrs = 1;
@@ -411,15 +335,14 @@ int choose_split(const std::array<int, kMostSplit + 1>& active, int blocks, int 
 
 template <Operand kOperand, Format kFormat, int kTokens>
 void launch(const GemmProblem& p, cudaStream_t stream) {
-  using T = Traits<kOperand, kFormat, kTokens>;
+  using T = Traits<kFormat, kTokens>;
   const auto kernel = gemm_w4_kernel<kOperand, kFormat, kTokens>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSmem), "shared memory");
-  const int token_blocks = (p.m + kTokens - 1) / kTokens, row_blocks = (p.n + kRows - 1) / kRows;
+  const int token_blocks = (p.m + kTokens - 1) / kTokens, row_blocks = (p.n + T::kRows - 1) / T::kRows;
   static const std::array<int, kMostSplit + 1> active = count_clusters<kOperand, kFormat, kTokens>();
   const int split = p.split > 0 ? p.split : choose_split(active, token_blocks * row_blocks, p.k_tiles);
-  const float factor = kOperand == Operand::kE4m3 ? 1.0f / 64.0f
-                       : kOperand == Operand::kFp16 && kFormat == Format::kMxfp4 ? 0.5f : 1.0f;
-  launch_after(kernel, dim3(split, token_blocks, row_blocks), dim3(Shape<kOperand, kTokens>::kThreads), T::kSmem, split, stream,
+  const float factor = kOperand == Operand::kFp16 && kFormat == Format::kMxfp4 ? 0.5f : 1.0f;
+  launch_after(kernel, dim3(split, token_blocks, row_blocks), dim3(T::kThreads), T::kSmem, split, stream,
                GemmArgs{p, factor});
 }
 
@@ -430,10 +353,9 @@ void dispatch_tokens(const GemmProblem& p, cudaStream_t stream) {
     case 64: return launch<kOperand, kFormat, 64>(p, stream);
     case 128: return launch<kOperand, kFormat, 128>(p, stream);
     case 256:
-      if constexpr (kOperand != Operand::kE4m3) return launch<kOperand, kFormat, 256>(p, stream);
-      break;
+      return launch<kOperand, kFormat, 256>(p, stream);
   }
-  throw std::runtime_error("gemm_w4_sm90: token_tile must be 32, 64, 128 or (not for E4M3) 256, got " +
+  throw std::runtime_error("gemm_w4_sm90: token_tile must be 32, 64, 128 or 256, got " +
                            std::to_string(p.token_tile));
 }
 
@@ -442,15 +364,12 @@ void dispatch_tokens(const GemmProblem& p, cudaStream_t stream) {
 void run_gemm_sm90(const GemmProblem& p, cudaStream_t stream) {
   if (p.m == 0) return;
   const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
-  switch (static_cast<Operand>(p.operand)) {
-    case Operand::kBf16:
-      return nvfp4 ? dispatch_tokens<Operand::kBf16, Format::kNvfp4>(p, stream)
-                   : dispatch_tokens<Operand::kBf16, Format::kMxfp4>(p, stream);
-    case Operand::kFp16:
-      return nvfp4 ? dispatch_tokens<Operand::kFp16, Format::kNvfp4>(p, stream)
-                   : dispatch_tokens<Operand::kFp16, Format::kMxfp4>(p, stream);
-    case Operand::kE4m3: return dispatch_tokens<Operand::kE4m3, Format::kMxfp4>(p, stream);
+  if (p.operand == static_cast<int>(Operand::kBf16)) {
+    return nvfp4 ? dispatch_tokens<Operand::kBf16, Format::kNvfp4>(p, stream)
+                 : dispatch_tokens<Operand::kBf16, Format::kMxfp4>(p, stream);
   }
+  return nvfp4 ? dispatch_tokens<Operand::kFp16, Format::kNvfp4>(p, stream)
+               : dispatch_tokens<Operand::kFp16, Format::kMxfp4>(p, stream);
 }
 
 }  // namespace fp4

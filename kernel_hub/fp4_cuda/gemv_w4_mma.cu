@@ -132,7 +132,7 @@ __device__ __forceinline__ void write_outputs(const GemvArgs& args, const float*
 
 template <Operand kOperand, Format kFormat, class S>
 __global__ void __launch_bounds__(S::kWarps * 32) gemv_w4_kernel(const __grid_constant__ GemvArgs args) {
-  constexpr int kTileBytes = tile_bytes(kFormat), kScaleSlice = kFormat == Format::kNvfp4 ? 64 : 32;
+  constexpr int kTileBytes = tile_bytes(kFormat);
   extern __shared__ __align__(16) uint8_t shared[];
   float* partial = reinterpret_cast<float*>(shared);
   const GemmProblem& p = args.p;
@@ -144,14 +144,15 @@ __global__ void __launch_bounds__(S::kWarps * 32) gemv_w4_kernel(const __grid_co
 
   uint4 w[S::kAhead][S::kSlices];
   uint32_t s[S::kAhead][S::kSlices];
-  const int lane_scale = kFormat == Format::kNvfp4 ? lane * 2 : (g * 2 + t / 2) * 2;
+  const uint8_t* weight = p.weight + static_cast<int64_t>(first) * kTileBytes;
+  const int lane_codes = lane * 16, lane_scales = lane_scale_offset(kFormat, lane);
   auto fetch = [&](int u, int slice, int i) {
     if (i >= count || slice >= slices) return;
-    const uint8_t* tile = p.weight + (static_cast<int64_t>(slice / 4) * p.k_tiles + first + i) * kTileBytes;
 #pragma unroll
     for (int r = 0; r < S::kSlices; ++r) {
-      w[u][r] = load_stream16(tile + (slice % 4 + r) * 512 + lane * 16);
-      s[u][r] = load_stream2(tile + kTileCodeBytes + (slice % 4 + r) * kScaleSlice + lane_scale);
+      const uint8_t* tile = weight + (static_cast<int64_t>(slice + r) * p.k_tiles + i) * kTileBytes;
+      w[u][r] = load_stream16(tile + lane_codes);
+      s[u][r] = load_stream2(tile + lane_scales);
     }
   };
 

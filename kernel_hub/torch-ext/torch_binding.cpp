@@ -20,7 +20,7 @@ using torch::stable::accelerator::DeviceGuard;
 
 enum { kNvfp4 = 0, kMxfp4 = 1 };
 enum { kBf16 = 0, kFp16 = 1, kE4m3 = 2 };
-constexpr int64_t kTileBytesNvfp4 = 2304, kTileBytesMxfp4 = 2176;
+constexpr int64_t kTileBytesNvfp4 = 576, kTileBytesMxfp4 = 544;
 
 cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
@@ -38,22 +38,20 @@ int64_t tokens_of(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Up to 16 tokens go through mma.sync, which has no FP8 on this chip: 16-bit operands hold mxfp4 values as exactly.
 constexpr int64_t kGemvTokens = 16;
-int64_t operand_for(int64_t m, int64_t operand) { return m <= kGemvTokens && operand == kE4m3 ? kBf16 : operand; }
-
-// From here on expanding an mxfp4 weight to E4M3 once and calling the library's FP8 product is faster than expanding it
-// in every block of our own kernel. The library writes bf16 only.
+// From here on expanding an mxfp4 weight to E4M3 and calling the library's FP8 product is the fastest way. Below, and
+// where the library can't (it writes bf16 only), bf16 operands hold mxfp4 values just as exactly.
 constexpr int64_t kLibraryTokens = 512;
-bool through_library(int64_t m, int64_t operand, bool out_is_bf16) {
-  return operand == kE4m3 && m >= kLibraryTokens && out_is_bf16;
+
+int64_t operand_for(int64_t m, int64_t operand, bool out_is_bf16) {
+  return operand == kE4m3 && (m < kLibraryTokens || !out_is_bf16) ? kBf16 : operand;
 }
 
-// Tokens of one tile: a function of M and the operand type alone, so that activation and GEMM agree.
-int64_t token_tile(int64_t m, int64_t operand) {
-  for (int64_t tile = 8; tile < 128; tile *= 2)
+// Tokens of one tile: a function of M alone, so that activation and GEMM agree.
+int64_t token_tile(int64_t m) {
+  for (int64_t tile = 8; tile < 256; tile *= 2)
     if (m <= tile) return tile;
-  return m > 128 && operand != kE4m3 ? 256 : 128;
+  return 256;
 }
 
 void check_x(const Tensor& x, int64_t multiple) {
@@ -122,7 +120,7 @@ std::tuple<Tensor, Tensor> prepare_weight(const Tensor& weight, const Tensor& sc
                   "weight_scale must be a contiguous [N, K/", group, "]");
   const DeviceGuard guard(weight.get_device_index());
   const int64_t tile = format == kNvfp4 ? kTileBytesNvfp4 : kTileBytesMxfp4;
-  Tensor packed = new_tensor(weight, {div_up(n, 64), div_up(k, 64), tile}, ScalarType::Byte);
+  Tensor packed = new_tensor(weight, {div_up(n, 64) * 4, div_up(k, 64), tile}, ScalarType::Byte);
   Tensor row_scale = new_tensor(weight, {n}, ScalarType::Float);
   fp4::PrepareProblem p = prepare_problem(packed, row_scale, n, k, format);
   p.weight = static_cast<const uint8_t*>(weight.data_ptr());
@@ -134,7 +132,7 @@ std::tuple<Tensor, Tensor> prepare_weight(const Tensor& weight, const Tensor& sc
 
 std::tuple<Tensor, Tensor> restore_weight(const Tensor& packed, const Tensor& row_scale, int64_t n, int64_t k) {
   const int64_t format = format_of(packed);
-  STD_TORCH_CHECK(div_up(n, 64) == packed.size(0) && div_up(k, 64) == packed.size(1) && row_scale.numel() == n,
+  STD_TORCH_CHECK(div_up(n, 64) * 4 == packed.size(0) && div_up(k, 64) == packed.size(1) && row_scale.numel() == n,
                   "restore_weight: ", n, " x ", k, " is not the shape of this prepared weight");
   const DeviceGuard guard(packed.get_device_index());
   Tensor weight = new_tensor(packed, {n, k / 2}, ScalarType::Byte);
@@ -170,14 +168,14 @@ std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::option
   STD_TORCH_CHECK(quantize ? operand != kFp16 : (operand == kBf16) == p.x_is_bf16,
                   "operand must be bf16 or E4M3 for W4A4, and the dtype of x for W4A16");
   const DeviceGuard guard(x.get_device_index());
-  operand = operand_for(p.m, operand);
-  const bool library = through_library(p.m, operand, p.x_is_bf16);
-  p.token_tile = library ? 0 : static_cast<int>(token_tile(p.m, operand));
+  operand = operand_for(p.m, operand, p.x_is_bf16);
+  const bool library = operand == kE4m3;
+  p.token_tile = static_cast<int>(token_tile(p.m));
   p.natural = p.m <= kGemvTokens;
   p.quantize = quantize;
   p.operand = static_cast<int>(operand);
   const int64_t bytes = library ? static_cast<int64_t>(p.m) * p.k
-                                : div_up(p.m, p.token_tile) * p.token_tile * p.k_padded * (operand == kE4m3 ? 1 : 2);
+                                : div_up(p.m, p.token_tile) * p.token_tile * p.k_padded * 2;
   const bool per_token = quantize && (operand == kE4m3 || (format == kNvfp4 && !global.has_value()));
   Tensor tokens = new_tensor(x, {bytes}, library ? ScalarType::Float8_e4m3fn : ScalarType::Byte);
   Tensor token_scale = new_tensor(x, {per_token ? p.m : quantize ? 1 : 0}, ScalarType::Float);
@@ -213,15 +211,15 @@ static Tensor library_gemm(const Tensor& tokens, const Tensor& token_scale, cons
 Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
                      const std::optional<Tensor>& bias, int64_t m, int64_t operand, bool out_is_bf16, int64_t split) {
   const int64_t format = format_of(packed), n = row_scale.numel(), k_tiles = packed.size(1);
-  operand = operand_for(m, operand);
-  const bool library = through_library(m, operand, out_is_bf16);
-  const int64_t tile = token_tile(m, operand);
+  operand = operand_for(m, operand, out_is_bf16);
+  const bool library = operand == kE4m3;
+  const int64_t tile = token_tile(m);
   const ScalarType dtype = out_is_bf16 ? ScalarType::BFloat16 : ScalarType::Half;
   STD_TORCH_CHECK(library ? div_up(tokens.numel() / m, 64) == k_tiles
-                          : tokens.numel() == div_up(m, tile) * tile * k_tiles * (operand == kE4m3 ? 64 : 128),
+                          : tokens.numel() == div_up(m, tile) * tile * k_tiles * 128,
                   "tokens were prepared for another shape or operand type");
   STD_TORCH_CHECK(operand != kE4m3 || format == kMxfp4, "E4M3 operands are for mxfp4 weights");
-  STD_TORCH_CHECK(div_up(n, 64) == packed.size(0) && n % 16 == 0, "row_scale does not belong to this prepared weight");
+  STD_TORCH_CHECK(div_up(n, 64) * 4 == packed.size(0) && n % 16 == 0, "row_scale does not belong to this prepared weight");
   STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == n && bias->scalar_type() == dtype && bias->is_contiguous()),
                   "bias must be contiguous [N] of the output dtype");
   const DeviceGuard guard(tokens.get_device_index());

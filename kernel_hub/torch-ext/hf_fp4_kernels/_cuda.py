@@ -7,7 +7,7 @@ from ._ops import add_op_namespace_prefix, ops
 FORMATS = {"nvfp4": 0, "mxfp4": 1}
 RULES = {"absmax": 0, "four_over_six": 1, "mse": 2}
 OPERANDS = {"bf16": 0, "fp16": 1, "e4m3": 2}
-TILE_BYTES = {"nvfp4": 2304, "mxfp4": 2176}  # a prepared tile: 64 rows x 64 k
+TILE_BYTES = {"nvfp4": 576, "mxfp4": 544}  # a prepared tile: 16 rows x 64 k
 
 
 def is_compiled() -> bool:
@@ -18,16 +18,16 @@ def _div_up(a, b):
     return (a + b - 1) // b
 
 
-def _operand_for(m, operand):
-    """Few tokens go through mma.sync, which has no FP8 on this chip."""
-    return OPERANDS["bf16"] if m <= 16 and operand == OPERANDS["e4m3"] else operand
+def _through_library(m, operand, dtype):
+    """mxfp4 W4A4 with many tokens: E4M3 operands and the library's product. Else the tokens are tiles of 16 bit."""
+    return operand == OPERANDS["e4m3"] and m >= 512 and dtype == torch.bfloat16
 
 
-def _token_tile(m, operand):
-    for tile in (8, 16, 32, 64):
+def _token_tile(m):
+    for tile in (8, 16, 32, 64, 128):
         if m <= tile:
             return tile
-    return 256 if m > 128 and operand != OPERANDS["e4m3"] else 128
+    return 256
 
 
 def _register_fakes() -> None:
@@ -35,7 +35,7 @@ def _register_fakes() -> None:
     def _(weight, scale, global_scale):
         n, k = weight.shape[0], weight.shape[1] * 2
         tile = TILE_BYTES["nvfp4" if scale.dtype == torch.float8_e4m3fn else "mxfp4"]
-        packed = weight.new_empty((_div_up(n, 64), _div_up(k, 64), tile))
+        packed = weight.new_empty((_div_up(n, 64) * 4, _div_up(k, 64), tile))
         return packed, weight.new_empty((n,), dtype=torch.float32)
 
     @torch.library.register_fake(add_op_namespace_prefix("restore_weight"))
@@ -62,14 +62,12 @@ def _register_fakes() -> None:
     def _(x, global_scale, format, operand, quantize, hadamard, rule):
         k = x.shape[-1]
         m = x.numel() // k
-        operand = _operand_for(m, operand)
-        tile = _token_tile(m, operand)
-        size = _div_up(m, tile) * tile * _div_up(k, 64) * 64 * (1 if operand == OPERANDS["e4m3"] else 2)
-        if operand == OPERANDS["e4m3"] and m >= 512 and x.dtype == torch.bfloat16:  # for the library's FP8 product
+        if _through_library(m, operand, x.dtype):
             return x.new_empty((m * k,), dtype=torch.float8_e4m3fn), x.new_empty((m,), dtype=torch.float32)
-        per_token = operand == OPERANDS["e4m3"] or (format == FORMATS["nvfp4"] and global_scale is None)
-        scales = (m if per_token else 1) if quantize else 0
-        return x.new_empty((size,), dtype=torch.uint8), x.new_empty((scales,), dtype=torch.float32)
+        tile = _token_tile(m)
+        tokens = x.new_empty((_div_up(m, tile) * tile * _div_up(k, 64) * 128,), dtype=torch.uint8)
+        per_token = format == FORMATS["nvfp4"] and global_scale is None
+        return tokens, x.new_empty(((m if per_token else 1) if quantize else 0,), dtype=torch.float32)
 
     @torch.library.register_fake(add_op_namespace_prefix("prepared_gemm"))
     def _(tokens, token_scale, packed, row_scale, bias, m, operand, out_is_bf16, split):
