@@ -31,8 +31,9 @@ class MRGPTQConfig(QuantizationConfigMixin):
         hadamard_group_size: size of the block Hadamard rotation: 16, 32, 64, 128, ``None`` for no rotation, or ``"auto"``:
             per group of linears that share an input, the size (or none) with the least output error on a sample of the
             calibration data. Without data, the largest size that divides in_features.
-        scale_rule: block scales of weights: ``"absmax"``, ``"mse"``, ``"four_over_six"`` (nvfp4 only), or ``"hessian"``
-            (MSE weighted by the second moments of the inputs).
+        scale_rule: block scales of weights: ``"absmax"``, ``"mse"``, ``"four_over_six"`` (nvfp4 only), ``"hessian"``
+            (MSE weighted by the second moments of the inputs), or ``"auto"``: ``"hessian"`` with the solver, ``"mse"``
+            for ``method="rtn"``.
         activation_scale_rule: block scales of activations: ``"absmax"``, ``"four_over_six"`` (nvfp4, its default) or
             ``"mse"`` (mxfp4, its default: the better of two exponents).
         act_order: quantize columns by descending second moment of their input; costs nothing at run time.
@@ -58,11 +59,11 @@ class MRGPTQConfig(QuantizationConfigMixin):
     activations: str = "fp4"
     method: str = "mr-gptq"
     hadamard_group_size: int | str | None = "auto"
-    scale_rule: str = "mse"
+    scale_rule: str = "auto"
     activation_scale_rule: str | None = None
     act_order: bool = True
-    error_correction: float = 0.25
-    damp_percent: float = 0.01
+    error_correction: float = 0.35
+    damp_percent: float = 0.1
     dataset: Any = DEFAULT_DATASET
     tokenizer: Any = None
     num_samples: int = 128
@@ -80,7 +81,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
         _one_of("activations", self.activations, ("fp4", "bf16"))
         _one_of("method", self.method, ("mr-gptq", "rtn"))
         _one_of("hadamard_group_size", self.hadamard_group_size, ("auto", None, *HADAMARD_SIZES))
-        _one_of("scale_rule", self.scale_rule, WEIGHT_SCALE_RULES)
+        _one_of("scale_rule", self.scale_rule, ("auto", *WEIGHT_SCALE_RULES))
         if self.scale_rule == "four_over_six" and self.fp4_format is not FP4Format.NVFP4:
             raise ValueError('scale_rule="four_over_six" is for nvfp4; for mxfp4 use "mse", which searches exponents')
         rules = ACTIVATION_SCALE_RULES[self.fp4_format]
@@ -94,7 +95,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
         if not 0 <= self.error_correction <= 1:
             raise ValueError(f"error_correction must be between 0 and 1, got {self.error_correction!r}")
         if not 0 < self.damp_percent < 1:
-            raise ValueError(f"damp_percent must be between 0 and 1 (0.01 is usual), got {self.damp_percent!r}")
+            raise ValueError(f"damp_percent must be between 0 and 1 (0.01 to 0.1 is usual), got {self.damp_percent!r}")
 
     @classmethod
     def paper(cls, format: str = "nvfp4", **overrides: Any) -> MRGPTQConfig:
@@ -105,6 +106,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
             "activation_scale_rule": "absmax",
             "act_order": True,
             "error_correction": 0.0,
+            "damp_percent": 0.01,
         }
         return cls(format=format, **{**recipe, **overrides})
 
@@ -117,6 +119,13 @@ class MRGPTQConfig(QuantizationConfigMixin):
     def linear_activation_rule(self) -> str | None:
         """The activation rule that a layer runs with; None for W4A16."""
         return self.activation_scale_rule if self.activations == "fp4" else None
+
+    @property
+    def weight_rule(self) -> str:
+        """`scale_rule` with ``"auto"`` resolved."""
+        if self.scale_rule != "auto":
+            return self.scale_rule
+        return "mse" if self.method == "rtn" else "hessian"
 
     @property
     def needs_calibration(self) -> bool:

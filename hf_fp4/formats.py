@@ -71,11 +71,11 @@ def round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 of the same shape.
     """
-    # Adding 2**22 to a float32 leaves no bits below 0.5, the spacing of the grid under 2; above, the spacing doubles twice.
+    # In [2**22, 2**23) a float32 has no bits below 0.5, the spacing of the grid under 2, so adding 1.5 * 2**22 and taking
+    # it away again rounds to that spacing. Above, the spacing doubles with the power of two that the magnitude reaches.
     rounded = x.float().clamp(-E2M1_MAX, E2M1_MAX)
-    magnitude = rounded.abs()
-    shift = torch.where(magnitude < 4, torch.where(magnitude < 2, 2.0**22, 2.0**23), 2.0**24).copysign_(rounded)
-    return rounded.add_(shift).sub_(shift)
+    octave = (rounded.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min_(1)
+    return rounded.add_(octave, alpha=1.5 * 2**22).sub_(octave, alpha=1.5 * 2**22)
 
 
 def encode_e2m1(x: torch.Tensor) -> torch.Tensor:

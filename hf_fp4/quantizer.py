@@ -227,7 +227,7 @@ class _QuantizeOnLoad(ConversionOps):
             return {}
 
     def _quantize(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        fmt, rule = self._config.fp4_format, self._config.scale_rule
+        fmt, rule = self._config.fp4_format, self._config.weight_rule
         rotated = {}
         for name, weight in weights.items():
             require_finite(weight, f"the weight of {name}")

@@ -34,6 +34,9 @@ _E4M3_STEPS = range(-8, 7)
 
 _E8M0_STEPS = range(-1, 3)
 
+_CACHED_ROWS = 256
+"""Rows of activations that are quantized at a time on a CPU, so that intermediate results stay in its cache."""
+
 
 def fused_partners(name: str) -> tuple[str, ...]:
     """Full names of the linears that share ``name``'s global scales, itself included, whether or not they exist."""
@@ -81,7 +84,7 @@ def weight_scales(
             raise ValueError('scale_rule="hessian" needs the second moments of the inputs; give it calibration data')
         weights = importance.view(-1, fmt.group_size)
     candidates = _candidates(blocks, fmt, rule, global_scale, activations=False)
-    return _best_candidate(blocks, candidates, fmt, global_scale, weights)
+    return candidates[0] if len(candidates) == 1 else _best(blocks, candidates, fmt, global_scale, weights)[0]
 
 
 def fake_quantize_activations(
@@ -99,14 +102,22 @@ def fake_quantize_activations(
     Returns:
         ``(e2m1 * block scale, float32 [..., K]; the divisor, [1] or [..., 1], None for MXFP4)``.
     """
-    if fmt.has_global_scale and global_scale is None:
+    if not fmt.has_global_scale:
+        global_scale = None
+    elif global_scale is None:
         global_scale = _power_of_two_below(_WEIGHT_RANGE, x.abs().amax(-1, keepdim=True))
+    rows = x.reshape(-1, x.shape[-1])
+    parts = rows.split(_CACHED_ROWS if x.device.type == "cpu" else max(len(rows), 1))
+    per_token = global_scale is not None and global_scale.numel() == len(rows) > 1
+    divisors = global_scale.reshape(-1, 1).split(len(parts[0])) if per_token else [global_scale] * len(parts)
+    values = [_fake_quantize(part, fmt, rule, divisor) for part, divisor in zip(parts, divisors, strict=True)]
+    return torch.cat(values).view(x.shape), global_scale
+
+
+def _fake_quantize(x: torch.Tensor, fmt: FP4Format, rule: str, global_scale: torch.Tensor | None) -> torch.Tensor:
     blocks = x.unflatten(-1, (-1, fmt.group_size))
-    divisor = None if global_scale is None else global_scale.view(*global_scale.shape[:-1], 1)
-    candidates = _candidates(blocks, fmt, rule, divisor, activations=True)
-    scale = _best_candidate(blocks, candidates, fmt, divisor, None)
-    codes = round_to_e2m1(blocks * inverse_step(scale, fmt, divisor)[..., None])
-    return (codes * fmt.decode_scale(scale)[..., None]).flatten(-2), global_scale
+    scale, codes = _best(blocks, _candidates(blocks, fmt, rule, global_scale, activations=True), fmt, global_scale, None)
+    return codes.mul_(fmt.decode_scale(scale)[..., None]).flatten(-2)
 
 
 def step(scale: torch.Tensor, fmt: FP4Format, global_scale: torch.Tensor | None) -> torch.Tensor:
@@ -147,25 +158,26 @@ def _candidates(
     return [(base.short() + s).clamp(0, 254).to(torch.uint8) for s in steps]
 
 
-def _best_candidate(
+def _best(
     blocks: torch.Tensor,
     candidates: list[torch.Tensor],
     fmt: FP4Format,
     global_scale: torch.Tensor | None,
     weights: torch.Tensor | None,
-) -> torch.Tensor:
-    """Per block the candidate with the least (weighted) squared error; the earlier one on a tie."""
-    if len(candidates) == 1:
-        return candidates[0]
-    best, best_error = candidates[0], None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per block the candidate with the least (weighted) squared error, the earlier one on a tie, and its E2M1 values."""
+    best, best_codes, best_error = None, None, None
     for candidate in candidates:
         codes = round_to_e2m1(blocks * inverse_step(candidate, fmt, global_scale)[..., None])
-        error = codes.mul_(step(candidate, fmt, global_scale)[..., None]).sub_(blocks).square_()
+        if len(candidates) == 1:
+            return candidate, codes
+        error = (codes * step(candidate, fmt, global_scale)[..., None]).sub_(blocks).square_()
         error = (error if weights is None else error.mul_(weights)).sum(-1)
-        if best_error is None:
-            best_error = error
+        if best is None:
+            best, best_codes, best_error = candidate, codes, error
             continue
         better = error < best_error
         best_error = torch.where(better, error, best_error)
+        best_codes = torch.where(better[..., None], codes, best_codes)
         best = torch.where(better, candidate.view(torch.uint8), best.view(torch.uint8)).view(fmt.scale_dtype)
-    return best
+    return best, best_codes

@@ -23,7 +23,12 @@ from ..hessian import SecondMoments, correct_target, inverse_cholesky
 from ..layers.linear import FP4Linear
 from ..layers.replace import replace_linears, select_linears
 from ..rotation import HADAMARD_SIZES, require_divisor, rotate
-from ..scales import fake_quantize_activations, input_global_scale, weight_global_scale, weight_scales
+from ..scales import (
+    fake_quantize_activations,
+    input_global_scale,
+    weight_global_scale,
+    weight_scales,
+)
 from .capture import (
     BlockCall,
     BlockPlan,
@@ -40,8 +45,8 @@ from .checkpoint import WorkDir, weights_fingerprint
 from .data import CalibrationData
 
 PROBE_TOKENS = 16
-ROTATION_SAMPLE = 512
-"""Tokens, and output rows, on which the Hadamard size of a group is chosen."""
+ROTATION_TOKENS, ROTATION_ROWS = 4096, 256
+"""Tokens and output rows on which the Hadamard size of a group is chosen."""
 
 _PROVISIONAL_HEADROOM = 8.0
 """Over the first batch's maximum, until the maximum of all batches is known; a power of two, so rounding agrees."""
@@ -83,7 +88,7 @@ class _Group:
 
     def __init__(self, block: nn.Module, prefix: str, names: list[str], config: MRGPTQConfig):
         self.names, self.prefix = names, prefix
-        self._config, self._format = config, config.fp4_format
+        self._config, self._format, self._rule = config, config.fp4_format, config.linear_activation_rule
         self._linears = [block.get_submodule(name) for name in names]
         self.hadamard_size: int | None = None
         self._moments: SecondMoments | None = None
@@ -105,9 +110,8 @@ class _Group:
             self._start(x)
         rotated = rotate(x, self.hadamard_size)
         self._absmax = torch.maximum(self._absmax, rotated.abs().amax())
-        rule = self._config.linear_activation_rule
-        if rule is not None:
-            values, divisor = fake_quantize_activations(rotated, self._format, rule, self._input_scale)
+        if self._rule is not None:
+            values, divisor = fake_quantize_activations(rotated, self._format, self._rule, self._input_scale)
             rotated = values if divisor is None else values / divisor
         if original is not None:
             original = rotate(original.flatten(0, -2), self.hadamard_size)
@@ -115,7 +119,7 @@ class _Group:
 
     def _start(self, first: torch.Tensor) -> None:
         size = self._config.hadamard_group_size
-        self.hadamard_size = self._best_size(_spread(first)) if size == "auto" else size
+        self.hadamard_size = self._best_size(_spread(first, ROTATION_TOKENS)) if size == "auto" else size
         cross = self._config.method != "rtn" and self._config.error_correction > 0
         self._moments = SecondMoments(first.shape[-1], first.device, cross=cross)
         if self._format.has_global_scale:
@@ -123,29 +127,37 @@ class _Group:
             self._input_scale = input_global_scale(absmax * _PROVISIONAL_HEADROOM / 2)
 
     def _best_size(self, sample: torch.Tensor) -> int | None:
-        """The size with the least output error: of the rounding of activations, plus half of the rounding of weights."""
+        """The size, or none, whose solve leaves the least output error on the half of the sample it did not see."""
         sizes = [None, *(k for k in HADAMARD_SIZES if sample.shape[-1] % k == 0)]
-        return min(sizes, key=lambda size: self._rotation_error(sample, size))
+        seen, unseen = sample[0::2].float(), sample[1::2].float()
+        second = seen.T @ seen / len(seen)
+        weight = _spread(self._stacked(), ROTATION_ROWS)
+        return min(sizes, key=lambda size: self._rotation_error(size, weight, second, unseen))
 
-    def _rotation_error(self, sample: torch.Tensor, size: int | None) -> float:
-        x, weight = rotate(sample, size), rotate(_spread(self._stacked()), size)
-        scale, global_scale = self._scales(weight, x.square().mean(0))
-        quantized = round_weight(weight, scale, self._format, global_scale).dequantize()
-        error = 0.5 * (x @ (quantized - weight).T).square().sum()
-        rule = self._config.linear_activation_rule
-        if rule is not None:
-            absmax = input_global_scale(x.abs().amax().view(1)) if self._format.has_global_scale else None
-            values, divisor = fake_quantize_activations(x, self._format, rule, absmax)
-            error += (((values if divisor is None else values / divisor) - x) @ weight.T).square().sum()
-        return error.item()
+    def _rotation_error(self, size: int | None, weight: torch.Tensor, second: torch.Tensor, x: torch.Tensor) -> float:
+        weight, x = rotate(weight, size), rotate(x, size)
+        quantized = self._solve(weight, rotate(rotate(second, size).T, size)).dequantize()
+        seen = x
+        if self._rule is not None:
+            scale = input_global_scale(x.abs().amax().view(1)) if self._format.has_global_scale else None
+            values, divisor = fake_quantize_activations(x, self._format, self._rule, scale)
+            seen = values if divisor is None else values / divisor
+        return (seen @ quantized.T - x @ weight.T).square().sum().item()
 
     def _stacked(self) -> torch.Tensor:
         return torch.cat([linear.weight.detach().float() for linear in self._linears])
 
-    def _scales(self, weight: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _solve(self, weight: torch.Tensor, second: torch.Tensor) -> FP4Weight:
+        """Scales, then codes, of a rotated weight [N, K] under the second moments [K, K] of its inputs."""
+        config = self._config
         global_scale = weight_global_scale(weight.abs().amax().view(1)) if self._format.has_global_scale else None
-        rule = self._config.scale_rule
-        return weight_scales(weight, self._format, rule, global_scale, importance), global_scale
+        scale = weight_scales(weight, self._format, config.weight_rule, global_scale, second.diagonal())
+        if config.method == "rtn":
+            return round_weight(weight, scale, self._format, global_scale)
+        order = activation_order(second) if config.act_order else None
+        ordered = second if order is None else second[order][:, order]
+        upper = inverse_cholesky(ordered, config.damp_percent, self._title)
+        return solve(weight, scale, self._format, global_scale, upper, order)
 
     def solve(self) -> float:
         """Quantize the group's weights from what was observed; returns the relative output error."""
@@ -158,14 +170,7 @@ class _Group:
             weight = correct_target(
                 weight, second, self._moments.cross, config.error_correction, config.damp_percent, self._title
             )
-        scale, global_scale = self._scales(weight, second.diagonal())
-        if config.method == "rtn":
-            quantized = round_weight(weight, scale, self._format, global_scale)
-        else:
-            order = activation_order(second) if config.act_order else None
-            ordered = second if order is None else second[order][:, order]
-            upper = inverse_cholesky(ordered, config.damp_percent, self._title)
-            quantized = solve(weight, scale, self._format, global_scale, upper, order)
+        quantized = self._solve(weight, second)
         error = relative_output_error(weight, quantized.dequantize(), second)
         self._moments = None
         for name, part in zip(self.names, quantized.split([w.out_features for w in self._linears]), strict=True):
@@ -202,16 +207,15 @@ class _Group:
     def _forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
         layer = self.solved[name]
         if self._memo is None or self._memo[0] is not x:
-            rule = self._config.linear_activation_rule
-            self._memo = x, quantize_input(x, self._format, rule, self.hadamard_size, layer.input_global_scale)
+            self._memo = x, quantize_input(x, self._format, self._rule, self.hadamard_size, layer.input_global_scale)
         values, divisor = self._memo[1]
         y = matmul(values, divisor, self._dequantized[name], layer.weight_global_scale, layer.bias)
         return y.to(x.dtype)
 
 
-def _spread(rows: torch.Tensor) -> torch.Tensor:
-    """At most `ROTATION_SAMPLE` rows, evenly spread."""
-    return rows[:: -(-len(rows) // ROTATION_SAMPLE)]
+def _spread(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """At most ``count`` rows, evenly spread."""
+    return rows[:: max(1, -(-len(rows) // count))]
 
 
 def new_layer(

@@ -17,27 +17,28 @@ enum class ScaleRule : int { kAbsmax = 0, kFourOverSix = 1, kMse = 2 };
 enum class Operand : int { kBf16 = 0, kFp16 = 1, kE4m3 = 2 };
 
 // ---- Prepared weight ----------------------------------------------------------------------------------------------
-// uint8 [ceil(N/64) * 4, ceil(K/64), tile_bytes]. One tile is 16 output rows x 64 k: 512 bytes of codes ([32 lanes][16
-// bytes]), then 64 (nvfp4) or 32 (mxfp4) bytes of scales. Tiles of a row slice follow each other along k, so a warp or a
-// bulk copy reads one contiguous stream.
-// Lane (g, t) = (lane / 4, lane % 4) owns rows g and g+8 of the slice and the 16 consecutive k 16t..16t+15: words 0, 1 are
-// row g (k 0..7, 8..15 of the lane), words 2, 3 row g+8. So one 16-byte load feeds the four k16 steps of a tensor-core A
-// fragment, and all 16 codes of a row share one block scale. The tensor cores' own k order inside a 64-block is therefore
-// a permutation; the activation kernel writes tokens in the same one.
+// uint8 [ceil(N/64), ceil(K/64), tile_bytes]. One tile is 64 output rows x 64 k: the codes [4 row slices][32 lanes][16
+// bytes], then the scales [4 row slices][64 (nvfp4) or 32 (mxfp4) bytes]. Tiles of 64 rows follow each other along k.
+// Lane (g, t) = (lane / 4, lane % 4) of a slice owns its rows g and g+8 and the 16 consecutive k 16t..16t+15: words 0, 1
+// are row g (k 0..7, 8..15 of the lane), words 2, 3 row g+8. So one 16-byte load feeds the four k16 steps of a tensor-core
+// A fragment, and all 16 codes of a row share one block scale. The tensor cores' own k order inside a 64-block is
+// therefore a permutation; the activation kernel writes tokens in the same one.
 constexpr int kSliceRows = 16;
-constexpr int kSlicesPerBlock = 4;  // N is padded to 64 rows, what a warpgroup multiplies
+constexpr int kSlicesPerTile = 4;
 constexpr int kTileK = 64;
-constexpr int kTileCodeBytes = kSliceRows * kTileK / 2;
-constexpr int kTileBytesNvfp4 = kTileCodeBytes + kSliceRows * 4;
-constexpr int kTileBytesMxfp4 = kTileCodeBytes + kSliceRows * 2;
+constexpr int kSliceCodeBytes = kSliceRows * kTileK / 2;
+constexpr int kTileCodeBytes = kSlicesPerTile * kSliceCodeBytes;
+constexpr int kTileBytesNvfp4 = kTileCodeBytes + kSlicesPerTile * kSliceRows * 4;
+constexpr int kTileBytesMxfp4 = kTileCodeBytes + kSlicesPerTile * kSliceRows * 2;
 
 __host__ __device__ constexpr int tile_bytes(Format f) {
   return f == Format::kNvfp4 ? kTileBytesNvfp4 : kTileBytesMxfp4;
 }
 
-// Where in a tile a lane's two scale bytes (rows g, g+8) are.
-__host__ __device__ constexpr int lane_scale_offset(Format f, int lane) {
-  return kTileCodeBytes + (f == Format::kNvfp4 ? lane * 2 : (lane / 4 * 2 + lane % 4 / 2) * 2);
+// Where in a tile a lane's 16 bytes of codes are, and its two scale bytes (rows g, g+8).
+__host__ __device__ constexpr int codes_offset(int slice, int lane) { return slice * kSliceCodeBytes + lane * 16; }
+__host__ __device__ constexpr int scales_offset(Format f, int slice, int lane) {
+  return kTileCodeBytes + (f == Format::kNvfp4 ? slice * 64 + lane * 2 : slice * 32 + (lane / 4 * 2 + lane % 4 / 2) * 2);
 }
 
 // ---- Bit placement inside a 32-bit word of 8 codes k0..k7 -----------------------------------------------------------

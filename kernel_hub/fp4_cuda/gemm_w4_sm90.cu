@@ -3,9 +3,9 @@
 // wgmma takes only operand A from registers, so the weights are A (64 rows a warpgroup), expanded from FP4 in registers
 // with their block scales folded in (exact: E2M1 x E4M3 has 6 significant bits), and the tokens are B (32..256 tokens a
 // tile) in shared memory. A producer warp streams prepared weight tiles and token tiles with bulk copies into a ring of
-// stages; two or four consumer warpgroups expand and multiply. Four share one token tile where reading tokens from L2
-// would be the limit. With few blocks the k range is split over the blocks of a cluster, which add up through distributed
-// shared memory in a fixed order, so that the result is the same every time and no workspace exists.
+// stages; two consumer warpgroups expand and multiply. With few blocks the k range is split over the blocks of a cluster,
+// which add up through distributed shared memory in a fixed order, so that the result is the same every time and no
+// workspace exists.
 #include <array>
 
 #include "expand_fp4.cuh"
@@ -16,22 +16,20 @@
 namespace fp4 {
 namespace {
 
-// Sizes by tokens of a tile.
+constexpr int kGroups = 2;           // consumer warpgroups
+constexpr int kRows = 64 * kGroups;  // output features of a block
+constexpr int kConsumers = 128 * kGroups;
+
+// Sizes by tokens of a tile. Few tokens: two blocks per multiprocessor.
 template <int kTokens>
 struct Shape {
-  static constexpr int kGroups = kTokens == 64 || kTokens == 128 ? 4 : 2;  // consumer warpgroups
-  static constexpr int kRows = 64 * kGroups;                              // output features of a block
-  static constexpr int kConsumers = 128 * kGroups;
   // Accumulators of wide token tiles need more registers than an even share: the producer is then a whole warpgroup,
   // which hands its registers over.
   static constexpr bool kMoveRegisters = kTokens >= 128;
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 240 : 120, kProducerRegisters = 24;
   static constexpr int kThreads = kConsumers + (kMoveRegisters ? 128 : 32);
-  static constexpr int kBlocksPerSm = kTokens == 32 ? 2 : 1;
+  static constexpr int kBlocksPerSm = kTokens <= 64 ? 2 : 1;
   static constexpr int kTilesPerStage = kTokens == 32 ? 4 : kTokens <= 128 ? 2 : 1;
-  static constexpr int kStages = kTokens == 32 ? 3 : kTokens == 64 ? 6 : kTokens == 128 ? 4 : 5;
-  // Expanded weights of the next tile, while the tensor cores still read this one's; four warpgroups overlap each other.
-  static constexpr int kBuffers = kTokens == 128 ? 1 : 2;
+  static constexpr int kStages = kTokens == 32 ? 3 : kTokens == 64 ? 4 : 5;
 };
 
 template <Format kFormat, int kTokens>
@@ -39,11 +37,10 @@ struct Traits : Shape<kTokens> {
   using S = Shape<kTokens>;
   static constexpr int kWeightTile = tile_bytes(kFormat);
   static constexpr int kTokenTile = kTokens * 128;
-  static constexpr int kSliceStage = S::kTilesPerStage * kWeightTile;            // one row slice's part of a stage
-  static constexpr int kWeightStage = kSlicesPerBlock * kSliceStage;             // of one warpgroup
-  static constexpr int kTokenOffset = (S::kGroups * kWeightStage + 127) / 128 * 128;
+  static constexpr int kWeightStage = S::kTilesPerStage * kWeightTile;  // of one warpgroup
+  static constexpr int kTokenOffset = (kGroups * kWeightStage + 127) / 128 * 128;
   static constexpr int kStageBytes = kTokenOffset + S::kTilesPerStage * kTokenTile;
-  static constexpr int kReduceStride = S::kRows + 4;
+  static constexpr int kReduceStride = kRows + 4;
   static constexpr int kReduceBytes = kTokens * kReduceStride * 4;
   static constexpr int kRing = S::kStages * kStageBytes > kReduceBytes ? S::kStages * kStageBytes : kReduceBytes;
   static constexpr int kSmem = kRing + 256 + 128;  // barriers, alignment
@@ -55,12 +52,12 @@ struct GemmArgs {
 };
 
 // No-swizzle K-major operand: 8 tokens x 16 bytes are contiguous, the next 8 tokens 128 bytes on, the next 16 bytes of k
-// kTokens * 16 bytes on.
+// kTokens * 16 bytes on. The low word holds the address in units of 16 bytes, so a step along k is an addition.
 template <int kTokens>
-__device__ __forceinline__ uint64_t token_descriptor(uint32_t address) {
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (static_cast<uint64_t>(kTokens) << 16) |
-         (static_cast<uint64_t>(8) << 32);
+__device__ __forceinline__ uint32_t token_descriptor(uint32_t address) {
+  return (address >> 4) | (static_cast<uint32_t>(kTokens) << 16);
 }
+__device__ __forceinline__ uint64_t whole_descriptor(uint32_t low) { return (static_cast<uint64_t>(8) << 32) | low; }
 
 // ---- The ring ------------------------------------------------------------------------------------------------------
 template <class T>
@@ -78,18 +75,18 @@ struct Range {
 template <class T>
 __device__ void produce(const GemmProblem& p, const Ring<T>& ring, Range k, int token_block, int row_block) {
   const int stages = (k.count + T::kTilesPerStage - 1) / T::kTilesPerStage;
-  const int last_slice = (p.n + 63) / 64 * kSlicesPerBlock - 1, slices = T::kGroups * kSlicesPerBlock;
+  const int last_row_tile = (p.n + 63) / 64 - 1;
   const uint64_t stream_once = policy_evict_first(), keep = policy_evict_last();
   const uint8_t* tokens = static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(token_block) * p.k_tiles * T::kTokenTile;
 
   auto tiles_of = [&](int i) { return min(T::kTilesPerStage, k.count - i * T::kTilesPerStage); };
   auto copy_weights = [&](int i) {
     const int s = i % T::kStages, tiles = tiles_of(i);
-    barrier_expect(ring.full(s), tiles * (slices * T::kWeightTile + T::kTokenTile));
-    for (int r = 0; r < slices; ++r) {
-      const int slice = min(row_block * slices + r, last_slice);
-      const int64_t tile = static_cast<int64_t>(slice) * p.k_tiles + k.first + i * T::kTilesPerStage;
-      bulk_copy(ring.stage(s) + r * T::kSliceStage, p.weight + tile * T::kWeightTile, tiles * T::kWeightTile,
+    barrier_expect(ring.full(s), tiles * (kGroups * T::kWeightTile + T::kTokenTile));
+    for (int g = 0; g < kGroups; ++g) {
+      const int row_tile = min(row_block * kGroups + g, last_row_tile);
+      const int64_t tile = static_cast<int64_t>(row_tile) * p.k_tiles + k.first + i * T::kTilesPerStage;
+      bulk_copy(ring.stage(s) + g * T::kWeightStage, p.weight + tile * T::kWeightTile, tiles * T::kWeightTile,
                 ring.full(s), gridDim.y == 1 ? stream_once : keep);
     }
   };
@@ -136,23 +133,24 @@ struct Cursor {
   }
 };
 
-// While the tensor cores multiply tile i, tile i + 1 is expanded into the other register buffer (if there are two).
+// While the tensor cores multiply tile i, tile i + 1 is expanded into the other register buffer.
 template <class T, Operand kOperand, Format kFormat, int kTokens>
 __device__ __forceinline__ void consume(const Ring<T>& ring, int tiles, float (&acc)[kTokens / 2]) {
   constexpr int kPerStage = T::kTilesPerStage, kUnroll = kPerStage < 2 ? 2 : kPerStage;
-  const uint32_t slice = threadIdx.x / 32 * T::kSliceStage, lane = threadIdx.x % 32;
-  const uint32_t codes = slice + lane * 16, scales = slice + lane_scale_offset(kFormat, lane);
-  uint32_t a[T::kBuffers][4][4];
+  const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const uint32_t codes = group * T::kWeightStage + codes_offset(slice, lane);
+  const uint32_t scales = group * T::kWeightStage + scales_offset(kFormat, slice, lane);
+  uint32_t a[2][4][4];
   auto expand = [&](uint32_t stage, int in_stage, uint32_t (&dst)[4][4]) {
     const uint32_t base = stage + in_stage * T::kWeightTile;
     expand16<kOperand, kFormat>(load_shared16(base + codes), load_shared2(base + scales), dst);
   };
   auto multiply = [&](uint32_t stage, int in_stage, uint32_t (&src)[4][4]) {
-    const uint32_t tokens = stage + T::kTokenOffset + in_stage * T::kTokenTile;
+    const uint32_t tokens = token_descriptor<kTokens>(stage + T::kTokenOffset) + in_stage * (T::kTokenTile / 16);
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      Wgmma<kOperand, kTokens>::run(acc, src[j], token_descriptor<kTokens>(tokens + j * kTokens * 32), 1);
+      Wgmma<kOperand, kTokens>::run(acc, src[j], whole_descriptor(tokens + j * kTokens * 2), 1);
     wgmma_commit();
   };
 
@@ -165,8 +163,8 @@ __device__ __forceinline__ void consume(const Ring<T>& ring, int tiles, float (&
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (i + u < tiles) {
-        multiply(stage, u % kPerStage, a[u % T::kBuffers]);
-        wgmma_wait<T::kBuffers - 1>();  // the buffer that comes next is free, and perhaps the stage before
+        multiply(stage, u % kPerStage, a[u & 1]);
+        wgmma_wait<1>();  // the tile before has been multiplied: its registers and perhaps its stage are free
         if (u % kPerStage == 0 && finished != 0 && threadIdx.x % 32 == 0) barrier_arrive(finished);
         if (i + u + 1 < tiles) {
           if ((u + 1) % kPerStage == 0) {
@@ -175,7 +173,7 @@ __device__ __forceinline__ void consume(const Ring<T>& ring, int tiles, float (&
             stage = ring.stage(at.stage);
             barrier_wait(ring.full(at.stage), at.phase);
           }
-          expand(stage, (u + 1) % kPerStage, a[(u + 1) % T::kBuffers]);
+          expand(stage, (u + 1) % kPerStage, a[(u + 1) & 1]);
         }
       }
     }
@@ -204,9 +202,9 @@ __device__ void write_output(const GemmArgs& args, uint32_t reduce, int token_bl
   const int tokens = min(kTokens, p.m - token_block * kTokens);
   const Out* bias = static_cast<const Out*>(p.bias);
   Out* out = static_cast<Out*>(p.out);
-  for (int c = rank * T::kConsumers + threadIdx.x; c < tokens * (T::kRows / 8); c += split * T::kConsumers) {
-    const int token = c / (T::kRows / 8), row = c % (T::kRows / 8) * 8;
-    const int n = row_block * T::kRows + row;
+  for (int c = rank * kConsumers + threadIdx.x; c < tokens * (kRows / 8); c += split * kConsumers) {
+    const int token = c / (kRows / 8), row = c % (kRows / 8) * 8;
+    const int n = row_block * kRows + row;
     if (n >= p.n) continue;
     const int m = token_block * kTokens + token;
     const uint32_t address = reduce + (token * T::kReduceStride + row) * 4;
@@ -245,10 +243,7 @@ __device__ __forceinline__ void store_accumulators(float* reduce, const float (&
   }
 }
 
-template <class T>
-__device__ __forceinline__ void consumer_sync() {
-  asm volatile("bar.sync 1, %0;" ::"n"(T::kConsumers) : "memory");
-}
+__device__ __forceinline__ void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
 
 template <Operand kOperand, Format kFormat, int kTokens>
 __global__ void __launch_bounds__(Shape<kTokens>::kThreads, Shape<kTokens>::kBlocksPerSm)
@@ -263,30 +258,30 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, Shape<kTokens>::kBlo
   const Range k{first, static_cast<int>(static_cast<int64_t>(p.k_tiles) * (rank + 1) / split) - first};
 
   grid_dependency_launch();
-  if (threadIdx.x == T::kConsumers) {
+  if (threadIdx.x == kConsumers) {
     for (int s = 0; s < T::kStages; ++s) {
       barrier_init(ring.full(s), 1);
-      barrier_init(ring.empty(s), 4 * T::kGroups);
+      barrier_init(ring.empty(s), 4 * kGroups);
     }
     barrier_init_fence();
   }
   __syncthreads();
 
-  if (threadIdx.x >= T::kConsumers) {
-    if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(T::kProducerRegisters));
-    if (threadIdx.x == T::kConsumers) produce<T>(p, ring, k, token_block, row_block);
+  if (threadIdx.x >= kConsumers) {
+    if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (threadIdx.x == kConsumers) produce<T>(p, ring, k, token_block, row_block);
   } else {
-    if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(T::kConsumerRegisters));
+    if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     float acc[kTokens / 2];
 #pragma unroll
     for (int r = 0; r < kTokens / 2; ++r) acc[r] = 0.0f;
     consume<T, kOperand, kFormat, kTokens>(ring, k.count, acc);
 
     grid_dependency_wait();
-    consumer_sync<T>();  // every stage has been read: the ring becomes the reduction buffer
+    consumer_sync();  // every stage has been read: the ring becomes the reduction buffer
     store_accumulators<T, kTokens>(reinterpret_cast<float*>(raw + (base - smem_address(raw))), acc);
     if (split > 1) cluster_sync();
-    else consumer_sync<T>();
+    else consumer_sync();
     if (p.out_is_bf16) write_output<T, kTokens, __nv_bfloat16>(args, base, token_block, row_block, split, rank);
     else write_output<T, kTokens, __half>(args, base, token_block, row_block, split, rank);
     if (split > 1) cluster_sync();  // a peer may still read this block's shared memory
@@ -338,7 +333,7 @@ void launch(const GemmProblem& p, cudaStream_t stream) {
   using T = Traits<kFormat, kTokens>;
   const auto kernel = gemm_w4_kernel<kOperand, kFormat, kTokens>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSmem), "shared memory");
-  const int token_blocks = (p.m + kTokens - 1) / kTokens, row_blocks = (p.n + T::kRows - 1) / T::kRows;
+  const int token_blocks = (p.m + kTokens - 1) / kTokens, row_blocks = (p.n + kRows - 1) / kRows;
   static const std::array<int, kMostSplit + 1> active = count_clusters<kOperand, kFormat, kTokens>();
   const int split = p.split > 0 ? p.split : choose_split(active, token_blocks * row_blocks, p.k_tiles);
   const float factor = kOperand == Operand::kFp16 && kFormat == Format::kMxfp4 ? 0.5f : 1.0f;

@@ -38,15 +38,14 @@ __device__ __forceinline__ int prepared_scale(const PrepareProblem& p, int row, 
   return max(kTopScaleMxfp4 - (top_exponent(p.row_scale[row]) - stored), 0);
 }
 
-// What a thread of the kernels below works on: one lane of one tile, four tiles (64 padded rows) a block.
+// What a thread of the kernels below works on: one lane of one row slice; a block has one tile.
 struct Place {
-  int64_t tile;  // index of the tile
-  int lane, row, k0;
+  int slice, lane, row, k0;
   __device__ __forceinline__ explicit Place(const PrepareProblem& p) {
-    const int k_tiles = (p.k + 63) / 64, slice = blockIdx.x / k_tiles * kSlicesPerBlock + threadIdx.x / 32;
+    const int k_tiles = (p.k + 63) / 64;
+    slice = threadIdx.x / 32;
     lane = threadIdx.x & 31;
-    tile = static_cast<int64_t>(slice) * k_tiles + blockIdx.x % k_tiles;
-    row = slice * kSliceRows + lane / 4;
+    row = blockIdx.x / k_tiles * 64 + slice * kSliceRows + lane / 4;
     k0 = blockIdx.x % k_tiles * 64 + lane % 4 * 16;
   }
 };
@@ -54,7 +53,7 @@ struct Place {
 template <Format F>
 __global__ void __launch_bounds__(128) prepare_kernel(const PrepareProblem p) {
   const Place at(p);
-  uint8_t* tile = p.packed + at.tile * tile_bytes(F);
+  uint8_t* tile = p.packed + static_cast<int64_t>(blockIdx.x) * tile_bytes(F);
   uint32_t words[4];
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
@@ -63,18 +62,18 @@ __global__ void __launch_bounds__(128) prepare_kernel(const PrepareProblem p) {
     for (int i = 0; i < 8; ++i)
       words[w] |= place_code(F, i, stored_code(p.weight, p.n, p.k, at.row + 8 * (w / 2), at.k0 + 8 * (w % 2) + i));
   }
-  *reinterpret_cast<uint4*>(tile + at.lane * 16) = make_uint4(words[0], words[1], words[2], words[3]);
+  *reinterpret_cast<uint4*>(tile + codes_offset(at.slice, at.lane)) = make_uint4(words[0], words[1], words[2], words[3]);
   const int s0 = prepared_scale<F>(p, at.row, at.k0), s1 = prepared_scale<F>(p, at.row + 8, at.k0);
   if (F == Format::kNvfp4 || at.lane % 2 == 0)
-    *reinterpret_cast<uint16_t*>(tile + lane_scale_offset(F, at.lane)) = s0 | (s1 << 8);
+    *reinterpret_cast<uint16_t*>(tile + scales_offset(F, at.slice, at.lane)) = s0 | (s1 << 8);
 }
 
 template <Format F>
 __global__ void __launch_bounds__(128) restore_kernel(const PrepareProblem p, uint8_t* weight, uint8_t* scale) {
   constexpr int kGroup = F == Format::kNvfp4 ? 16 : 32;
   const Place at(p);
-  const uint8_t* tile = p.packed + at.tile * tile_bytes(F);
-  const uint4 raw = *reinterpret_cast<const uint4*>(tile + at.lane * 16);
+  const uint8_t* tile = p.packed + static_cast<int64_t>(blockIdx.x) * tile_bytes(F);
+  const uint4 raw = *reinterpret_cast<const uint4*>(tile + codes_offset(at.slice, at.lane));
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
   if (at.k0 >= p.k) return;
   for (int half = 0; half < 2; ++half) {
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(128) restore_kernel(const PrepareProblem p, ui
       weight[(static_cast<int64_t>(row) * p.k + at.k0) / 2 + b] = lo | (hi << 4);
     }
     if (F == Format::kMxfp4 && at.lane % 2 != 0) continue;
-    const int s = tile[lane_scale_offset(F, at.lane) + half];
+    const int s = tile[scales_offset(F, at.slice, at.lane) + half];
     uint8_t* out = scale + static_cast<int64_t>(row) * (p.k / kGroup) + at.k0 / kGroup;
     if constexpr (F == Format::kNvfp4) *out = decode_scale_nvfp4(s);
     else *out = max(top_exponent(p.row_scale[row]) - (kTopScaleMxfp4 - s), 0);
@@ -98,9 +97,9 @@ __device__ __forceinline__ uint32_t in_order(uint32_t x) { return __byte_perm(x,
 
 __global__ void __launch_bounds__(128) expand_e4m3_kernel(const PrepareProblem p, uint8_t* out, float* out_scale) {
   const Place at(p);
-  const uint8_t* tile = p.packed + at.tile * kTileBytesMxfp4;
-  const uint4 raw = *reinterpret_cast<const uint4*>(tile + at.lane * 16);
-  const uint32_t scales = *reinterpret_cast<const uint16_t*>(tile + lane_scale_offset(Format::kMxfp4, at.lane));
+  const uint8_t* tile = p.packed + static_cast<int64_t>(blockIdx.x) * kTileBytesMxfp4;
+  const uint4 raw = *reinterpret_cast<const uint4*>(tile + codes_offset(at.slice, at.lane));
+  const uint32_t scales = *reinterpret_cast<const uint16_t*>(tile + scales_offset(Format::kMxfp4, at.slice, at.lane));
   uint32_t a[2][4];
   expand8(raw, scales, a);
   if (at.k0 >= p.k) return;

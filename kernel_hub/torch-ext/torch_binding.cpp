@@ -20,7 +20,7 @@ using torch::stable::accelerator::DeviceGuard;
 
 enum { kNvfp4 = 0, kMxfp4 = 1 };
 enum { kBf16 = 0, kFp16 = 1, kE4m3 = 2 };
-constexpr int64_t kTileBytesNvfp4 = 576, kTileBytesMxfp4 = 544;
+constexpr int64_t kTileBytesNvfp4 = 2304, kTileBytesMxfp4 = 2176;
 
 cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> prepare_weight(const Tensor& weight, const Tensor& sc
                   "weight_scale must be a contiguous [N, K/", group, "]");
   const DeviceGuard guard(weight.get_device_index());
   const int64_t tile = format == kNvfp4 ? kTileBytesNvfp4 : kTileBytesMxfp4;
-  Tensor packed = new_tensor(weight, {div_up(n, 64) * 4, div_up(k, 64), tile}, ScalarType::Byte);
+  Tensor packed = new_tensor(weight, {div_up(n, 64), div_up(k, 64), tile}, ScalarType::Byte);
   Tensor row_scale = new_tensor(weight, {n}, ScalarType::Float);
   fp4::PrepareProblem p = prepare_problem(packed, row_scale, n, k, format);
   p.weight = static_cast<const uint8_t*>(weight.data_ptr());
@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor> prepare_weight(const Tensor& weight, const Tensor& sc
 
 std::tuple<Tensor, Tensor> restore_weight(const Tensor& packed, const Tensor& row_scale, int64_t n, int64_t k) {
   const int64_t format = format_of(packed);
-  STD_TORCH_CHECK(div_up(n, 64) * 4 == packed.size(0) && div_up(k, 64) == packed.size(1) && row_scale.numel() == n,
+  STD_TORCH_CHECK(div_up(n, 64) == packed.size(0) && div_up(k, 64) == packed.size(1) && row_scale.numel() == n,
                   "restore_weight: ", n, " x ", k, " is not the shape of this prepared weight");
   const DeviceGuard guard(packed.get_device_index());
   Tensor weight = new_tensor(packed, {n, k / 2}, ScalarType::Byte);
@@ -219,7 +219,7 @@ Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tens
                           : tokens.numel() == div_up(m, tile) * tile * k_tiles * 128,
                   "tokens were prepared for another shape or operand type");
   STD_TORCH_CHECK(operand != kE4m3 || format == kMxfp4, "E4M3 operands are for mxfp4 weights");
-  STD_TORCH_CHECK(div_up(n, 64) * 4 == packed.size(0) && n % 16 == 0, "row_scale does not belong to this prepared weight");
+  STD_TORCH_CHECK(div_up(n, 64) == packed.size(0) && n % 16 == 0, "row_scale does not belong to this prepared weight");
   STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == n && bias->scalar_type() == dtype && bias->is_contiguous()),
                   "bias must be contiguous [N] of the output dtype");
   const DeviceGuard guard(tokens.get_device_index());

@@ -7,7 +7,7 @@ from ._ops import add_op_namespace_prefix, ops
 FORMATS = {"nvfp4": 0, "mxfp4": 1}
 RULES = {"absmax": 0, "four_over_six": 1, "mse": 2}
 OPERANDS = {"bf16": 0, "fp16": 1, "e4m3": 2}
-TILE_BYTES = {"nvfp4": 576, "mxfp4": 544}  # a prepared tile: 16 rows x 64 k
+TILE_BYTES = {"nvfp4": 2304, "mxfp4": 2176}  # a prepared tile: 64 rows x 64 k
 
 
 def is_compiled() -> bool:
@@ -35,7 +35,7 @@ def _register_fakes() -> None:
     def _(weight, scale, global_scale):
         n, k = weight.shape[0], weight.shape[1] * 2
         tile = TILE_BYTES["nvfp4" if scale.dtype == torch.float8_e4m3fn else "mxfp4"]
-        packed = weight.new_empty((_div_up(n, 64) * 4, _div_up(k, 64), tile))
+        packed = weight.new_empty((_div_up(n, 64), _div_up(k, 64), tile))
         return packed, weight.new_empty((n,), dtype=torch.float32)
 
     @torch.library.register_fake(add_op_namespace_prefix("restore_weight"))
