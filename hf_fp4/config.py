@@ -88,14 +88,19 @@ class MRGPTQConfig(QuantizationConfigMixin):
         if self.activation_scale_rule is None:
             self.activation_scale_rule = rules[-1]
         _one_of(f"activation_scale_rule for {self.format}", self.activation_scale_rule, rules)
+        _one_of("act_order", self.act_order, (True, False))
         for name in ("num_samples", "sequence_length", "batch_size"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_number(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if not 0 <= self.error_correction <= 1:
+        if not _is_number(self.seed, int):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if not _is_number(self.error_correction) or not 0 <= self.error_correction <= 1:
             raise ValueError(f"error_correction must be between 0 and 1, got {self.error_correction!r}")
-        if not 0 < self.damp_percent < 1:
+        if not _is_number(self.damp_percent) or not 0 < self.damp_percent < 1:
             raise ValueError(f"damp_percent must be between 0 and 1 (0.01 to 0.1 is usual), got {self.damp_percent!r}")
+        if self.modules_to_not_convert is not None:
+            self.modules_to_not_convert = _names("modules_to_not_convert", self.modules_to_not_convert)
 
     @classmethod
     def paper(cls, format: str = "nvfp4", **overrides: Any) -> MRGPTQConfig:
@@ -155,10 +160,21 @@ class MRGPTQConfig(QuantizationConfigMixin):
                 f"the quantization config has unknown fields {unknown}: it was written by a newer hf-fp4 or edited; "
                 "upgrade with `pip install -U hf-fp4`"
             )
-        config = cls(**values, **{k: kwargs.pop(k) for k in list(kwargs) if k in known})
+        config = cls(**{**values, **{k: kwargs.pop(k) for k in list(kwargs) if k in known}})
         return (config, kwargs) if return_unused_kwargs else config
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:
-    if isinstance(value, bool) or value not in allowed:
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _is_number(value: Any, kind: type | tuple = (int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _names(field_name: str, value: Any) -> list[str]:
+    """A list of names as a list: JSON knows no tuple; one name alone would be read as a list of letters."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{field_name} must be a list of module names, got {value!r}")
+    return list(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_example(name: str, *arguments: object) -> str:
     command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    run = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import reference as ref  # noqa: E402
-from conftest import load_variant, variant_paths  # noqa: E402
-from problems import LLAMA_8B, Mode  # noqa: E402
+import reference as ref
+from conftest import load_variant, variant_paths
+from problems import LLAMA_8B, Mode
 
 MODES = {
     "nvfp4_w4a4": Mode("nvfp4", "fp4", 16),
@@ -86,7 +86,13 @@ def time_fp4(kernels, mode, n, k, m) -> float:
 
     def call(p):
         return kernels.linear(
-            x, *p, None, activations=mode.activations, hadamard=mode.hadamard, rule=mode.rule, input_global_scale=g
+            x,
+            *p,
+            None,
+            activations=mode.activations,
+            hadamard=mode.hadamard,
+            rule=mode.rule,
+            input_global_scale=g,
         )
 
     rows = slice(0, min(m, 256))
@@ -98,7 +104,9 @@ def time_fp4(kernels, mode, n, k, m) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--m", type=int, nargs="+", default=[1, 16, 64, 128, 512, 4096])
     parser.add_argument("--mode", nargs="+", default=list(MODES)[:4], choices=list(MODES))
     parser.add_argument("--backend", default="cuda", choices=["cuda", "triton"])
@@ -110,7 +118,11 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
     results = []
-    print(f"{'M':>5} {'mode':<20} " + " ".join(f"{name + ' us (x, %)':>22}" for name in LLAMA_8B) + f" {'sum us':>8} {'x bf16':>7}")
+    print(
+        f"{'M':>5} {'mode':<20} "
+        + " ".join(f"{name + ' us (x, %)':>22}" for name in LLAMA_8B)
+        + f" {'sum us':>8} {'x bf16':>7}"
+    )
     for m in args.m:
         bf16 = {name: time_bf16(n, k, m) for name, (n, k) in LLAMA_8B.items()}
         total = sum(bf16.values())
@@ -124,8 +136,15 @@ def main() -> None:
                 bound = max(bytes_ / bandwidth, 2 * m * n * k / speed) * 1e6
                 cells.append(f"{t:>8.1f} ({bf16[layer] / t:>4.2f}, {100 * bound / t:>3.0f}%)")
             fp4 = sum(times.values())
-            results.append({"m": m, "mode": name, "us": times, "sum": fp4, "bf16_us": bf16, "ratio": total / fp4})
-            print(f"{m:>5} {name:<20} " + " ".join(f"{c:>22}" for c in cells) + f" {fp4:>8.1f} {total / fp4:>7.2f}", flush=True)
+            results.append(
+                {"m": m, "mode": name, "us": times, "sum": fp4, "bf16_us": bf16, "ratio": total / fp4}
+            )
+            print(
+                f"{m:>5} {name:<20} "
+                + " ".join(f"{c:>22}" for c in cells)
+                + f" {fp4:>8.1f} {total / fp4:>7.2f}",
+                flush=True,
+            )
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 

@@ -226,8 +226,8 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
 // A warp takes 4 tokens x 128 values, so that tiled stores of a chunk are contiguous over tokens.
 template <typename T, Format F, Output O>
 __global__ void __launch_bounds__(128) activation_static_kernel(const ActivationArgs a) {
-  grid_dependency_launch();  // the GEMM only reads weights before this kernel has ended
   grid_dependency_wait();
+  grid_dependency_launch();
   const int lane = threadIdx.x & 31;
   const int k_blocks = (a.k_padded + 127) / 128;
   const int unit = blockIdx.x * 4 + threadIdx.x / 32;
@@ -244,8 +244,8 @@ __global__ void __launch_bounds__(128) activation_static_kernel(const Activation
 // One block per token: the first pass finds the token's largest rotated value, the second quantizes under it.
 template <typename T, Format F, Output O>
 __global__ void __launch_bounds__(512) activation_dynamic_kernel(const ActivationArgs a) {
-  grid_dependency_launch();  // the GEMM only reads weights before this kernel has ended
   grid_dependency_wait();
+  grid_dependency_launch();
   __shared__ float warp_max[16];
   const int token = blockIdx.x;
   const T* x = static_cast<const T*>(a.x) + static_cast<int64_t>(token) * a.k;

@@ -29,7 +29,7 @@ struct Shape {
   static constexpr int kThreads = kConsumers + (kMoveRegisters ? 128 : 32);
   static constexpr int kBlocksPerSm = kTokens <= 64 ? 2 : 1;
   static constexpr int kTilesPerStage = kTokens == 32 ? 4 : kTokens <= 128 ? 2 : 1;
-  static constexpr int kStages = kTokens == 32 ? 3 : kTokens == 64 ? 4 : 5;
+  static constexpr int kStages = kTokens <= 64 ? 3 : 5;
 };
 
 template <Format kFormat, int kTokens>
@@ -52,12 +52,13 @@ struct GemmArgs {
 };
 
 // No-swizzle K-major operand: 8 tokens x 16 bytes are contiguous, the next 8 tokens 128 bytes on, the next 16 bytes of k
-// kTokens * 16 bytes on. The low word holds the address in units of 16 bytes, so a step along k is an addition.
+// kTokens * 16 bytes on. In a cluster, bits 24 and up of a shared address are the block's rank, which a descriptor must
+// not have.
 template <int kTokens>
-__device__ __forceinline__ uint32_t token_descriptor(uint32_t address) {
-  return (address >> 4) | (static_cast<uint32_t>(kTokens) << 16);
+__device__ __forceinline__ uint64_t token_descriptor(uint32_t address) {
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (static_cast<uint64_t>(kTokens) << 16) |
+         (static_cast<uint64_t>(8) << 32);
 }
-__device__ __forceinline__ uint64_t whole_descriptor(uint32_t low) { return (static_cast<uint64_t>(8) << 32) | low; }
 
 // ---- The ring ------------------------------------------------------------------------------------------------------
 template <class T>
@@ -146,11 +147,11 @@ __device__ __forceinline__ void consume(const Ring<T>& ring, int tiles, float (&
     expand16<kOperand, kFormat>(load_shared16(base + codes), load_shared2(base + scales), dst);
   };
   auto multiply = [&](uint32_t stage, int in_stage, uint32_t (&src)[4][4]) {
-    const uint32_t tokens = token_descriptor<kTokens>(stage + T::kTokenOffset) + in_stage * (T::kTokenTile / 16);
+    const uint32_t tokens = stage + T::kTokenOffset + in_stage * T::kTokenTile;
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      Wgmma<kOperand, kTokens>::run(acc, src[j], whole_descriptor(tokens + j * kTokens * 2), 1);
+      Wgmma<kOperand, kTokens>::run(acc, src[j], token_descriptor<kTokens>(tokens + j * kTokens * 32), 1);
     wgmma_commit();
   };
 
@@ -209,7 +210,6 @@ __device__ void write_output(const GemmArgs& args, uint32_t reduce, int token_bl
     const int m = token_block * kTokens + token;
     const uint32_t address = reduce + (token * T::kReduceStride + row) * 4;
     float v[8] = {};
-#pragma unroll 4
     for (int r = 0; r < split; ++r) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {

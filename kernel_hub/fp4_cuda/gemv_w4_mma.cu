@@ -206,40 +206,37 @@ __global__ void __launch_bounds__(S::kWarps * 32) gemv_w4_kernel(const __grid_co
   }
 }
 
+// Blocks that stay for several units (slices of a block's rows), or one block per unit.
+enum class Grid { kUnits, kResident };
+
 template <Operand kOperand, Format kFormat, class S>
-void launch(const GemmProblem& p, cudaStream_t stream) {
+void launch(const GemmProblem& p, cudaStream_t stream, Grid grid = Grid::kUnits) {
   const auto kernel = gemv_w4_kernel<kOperand, kFormat, S>;
-  // Asked once per kernel; every GPU of one process that runs this binary is of the same kind.
-  static const int slots = [&] {
-    int device = 0, sms = 0, blocks = 0;
-    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSmem), "shared memory");
-    check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, S::kWarps * 32, S::kSmem), "occupancy");
-    return sms * (blocks > 0 ? blocks : 1);
-  }();
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSmem), "shared memory");
   const float factor = kOperand == Operand::kFp16 && kFormat == Format::kMxfp4 ? 0.5f : 1.0f;
-  const int units = ((p.n + 15) / 16 + S::kSlices - 1) / S::kSlices;
-  // Many rounds: blocks stay and run several units each, an equal number where it divides.
-  const int rounds = (units + slots - 1) / slots;
-  const int grid = rounds <= 2 ? units : (units + rounds - 1) / rounds;
-  launch_after(kernel, dim3(grid), dim3(S::kWarps * 32), S::kSmem, 1, stream, GemvArgs{p, factor});
+  int blocks = ((p.n + 15) / 16 + S::kSlices - 1) / S::kSlices;
+  if (grid == Grid::kResident) {
+    int device = 0, sms = 0, per_sm = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, S::kWarps * 32, S::kSmem), "occupancy");
+    const int rounds = (blocks + sms * per_sm - 1) / (sms * per_sm);
+    blocks = (blocks + rounds - 1) / rounds;
+  }
+  launch_after(kernel, dim3(blocks), dim3(S::kWarps * 32), S::kSmem, 1, stream, GemvArgs{p, factor});
 }
 
 template <Operand kOperand, Format kFormat>
 void dispatch(const GemmProblem& p, cudaStream_t stream) {
-  // Measured on an H100: many rows like whole tiles per warp and blocks that stay; few rows need 16 warps a block to fill
-  // the GPU, unless that leaves a second, partly filled round.
-  const int slices = (p.n + 15) / 16;
-  const int variant = p.split > 0 ? p.split : slices >= 1024 ? 3 : slices > 2 * 132 ? 2 : 1;
+  // Measured on an H100: few rows need 16 warps a block to fill the GPU, unless that leaves a second, partly filled round.
+  // Variant 3 is faster with many rows (CARD.md) but runs only on request until its results have been tested.
+  const int variant = p.split > 0 ? p.split : (p.n + 15) / 16 > 2 * 132 ? 2 : 1;
   if (p.token_tile == 8) {
-    if (variant == 3) return launch<kOperand, kFormat, GemvShape<1, 4, 8, 2, 8>>(p, stream);
+    if (variant == 3) return launch<kOperand, kFormat, GemvShape<1, 4, 8, 2, 8>>(p, stream, Grid::kResident);
     if (variant == 2) return launch<kOperand, kFormat, GemvShape<1, 2, 8, 4, 8>>(p, stream);
-    if (variant == 4) return launch<kOperand, kFormat, GemvShape<1, 1, 16, 4, 4>>(p, stream);
     return launch<kOperand, kFormat, GemvShape<1, 2, 16, 2, 4>>(p, stream);
   }
-  if (variant == 3) return launch<kOperand, kFormat, GemvShape<2, 4, 8, 2, 4>>(p, stream);
+  if (variant == 3) return launch<kOperand, kFormat, GemvShape<2, 4, 8, 2, 4>>(p, stream, Grid::kResident);
   if (variant == 2) return launch<kOperand, kFormat, GemvShape<2, 2, 8, 4, 4>>(p, stream);
   return launch<kOperand, kFormat, GemvShape<2, 2, 16, 2, 4>>(p, stream);
 }

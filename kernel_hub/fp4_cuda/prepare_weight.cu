@@ -38,55 +38,56 @@ __device__ __forceinline__ int prepared_scale(const PrepareProblem& p, int row, 
   return max(kTopScaleMxfp4 - (top_exponent(p.row_scale[row]) - stored), 0);
 }
 
-// What a thread of the kernels below works on: one lane of one row slice; a block has one tile.
-struct Place {
-  int slice, lane, row, k0;
-  __device__ __forceinline__ explicit Place(const PrepareProblem& p) {
-    const int k_tiles = (p.k + 63) / 64;
-    slice = threadIdx.x / 32;
-    lane = threadIdx.x & 31;
-    row = blockIdx.x / k_tiles * 64 + slice * kSliceRows + lane / 4;
-    k0 = blockIdx.x % k_tiles * 64 + lane % 4 * 16;
-  }
-};
-
+// One block of 128 threads per 64 x 64 tile; a thread owns one lane's 16 bytes.
 template <Format F>
 __global__ void __launch_bounds__(128) prepare_kernel(const PrepareProblem p) {
-  const Place at(p);
+  const int k_tiles = (p.k + 63) / 64;
+  const int tile_n = blockIdx.x / k_tiles, tile_k = blockIdx.x % k_tiles;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
   uint8_t* tile = p.packed + static_cast<int64_t>(blockIdx.x) * tile_bytes(F);
+  const int row = tile_n * 64 + warp * 16 + g, k0 = tile_k * 64 + t * 16;
   uint32_t words[4];
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     words[w] = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      words[w] |= place_code(F, i, stored_code(p.weight, p.n, p.k, at.row + 8 * (w / 2), at.k0 + 8 * (w % 2) + i));
+      words[w] |= place_code(F, i, stored_code(p.weight, p.n, p.k, row + 8 * (w / 2), k0 + 8 * (w % 2) + i));
   }
-  *reinterpret_cast<uint4*>(tile + codes_offset(at.slice, at.lane)) = make_uint4(words[0], words[1], words[2], words[3]);
-  const int s0 = prepared_scale<F>(p, at.row, at.k0), s1 = prepared_scale<F>(p, at.row + 8, at.k0);
-  if (F == Format::kNvfp4 || at.lane % 2 == 0)
-    *reinterpret_cast<uint16_t*>(tile + scales_offset(F, at.slice, at.lane)) = s0 | (s1 << 8);
+  *reinterpret_cast<uint4*>(tile + warp * 512 + lane * 16) = make_uint4(words[0], words[1], words[2], words[3]);
+  const int s0 = prepared_scale<F>(p, row, k0), s1 = prepared_scale<F>(p, row + 8, k0);
+  const uint16_t pair = s0 | (s1 << 8);
+  uint8_t* scales = tile + kTileCodeBytes;
+  if constexpr (F == Format::kNvfp4) {
+    *reinterpret_cast<uint16_t*>(scales + warp * 64 + lane * 2) = pair;
+  } else if (t % 2 == 0) {
+    *reinterpret_cast<uint16_t*>(scales + warp * 32 + (g * 2 + t / 2) * 2) = pair;
+  }
 }
 
 template <Format F>
 __global__ void __launch_bounds__(128) restore_kernel(const PrepareProblem p, uint8_t* weight, uint8_t* scale) {
   constexpr int kGroup = F == Format::kNvfp4 ? 16 : 32;
-  const Place at(p);
+  const int k_tiles = (p.k + 63) / 64;
+  const int tile_n = blockIdx.x / k_tiles, tile_k = blockIdx.x % k_tiles;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
   const uint8_t* tile = p.packed + static_cast<int64_t>(blockIdx.x) * tile_bytes(F);
-  const uint4 raw = *reinterpret_cast<const uint4*>(tile + codes_offset(at.slice, at.lane));
+  const uint4 raw = *reinterpret_cast<const uint4*>(tile + warp * 512 + lane * 16);
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-  if (at.k0 >= p.k) return;
+  const int k0 = tile_k * 64 + t * 16;
+  if (k0 >= p.k) return;
   for (int half = 0; half < 2; ++half) {
-    const int row = at.row + 8 * half;
+    const int row = tile_n * 64 + warp * 16 + g + 8 * half;
     if (row >= p.n) continue;
     for (int b = 0; b < 8; ++b) {
       const uint32_t word = words[2 * half + b / 4];
       const uint32_t lo = extract_code(F, 2 * b % 8, word), hi = extract_code(F, 2 * b % 8 + 1, word);
-      weight[(static_cast<int64_t>(row) * p.k + at.k0) / 2 + b] = lo | (hi << 4);
+      weight[(static_cast<int64_t>(row) * p.k + k0) / 2 + b] = lo | (hi << 4);
     }
-    if (F == Format::kMxfp4 && at.lane % 2 != 0) continue;
-    const int s = tile[scales_offset(F, at.slice, at.lane) + half];
-    uint8_t* out = scale + static_cast<int64_t>(row) * (p.k / kGroup) + at.k0 / kGroup;
+    const int index = F == Format::kNvfp4 ? warp * 64 + lane * 2 : warp * 32 + (g * 2 + t / 2) * 2;
+    const int s = tile[kTileCodeBytes + index + half];
+    if (F == Format::kMxfp4 && t % 2 != 0) continue;
+    uint8_t* out = scale + static_cast<int64_t>(row) * (p.k / kGroup) + k0 / kGroup;
     if constexpr (F == Format::kNvfp4) *out = decode_scale_nvfp4(s);
     else *out = max(top_exponent(p.row_scale[row]) - (kTopScaleMxfp4 - s), 0);
   }
@@ -95,21 +96,24 @@ __global__ void __launch_bounds__(128) restore_kernel(const PrepareProblem p, ui
 // bytes k0, k2, k1, k3 of the tensor cores' order -> k0..k3
 __device__ __forceinline__ uint32_t in_order(uint32_t x) { return __byte_perm(x, 0, 0x3120); }
 
-__global__ void __launch_bounds__(128) expand_e4m3_kernel(const PrepareProblem p, uint8_t* out, float* out_scale) {
-  const Place at(p);
+__global__ void __launch_bounds__(128) expand_e4m3_kernel(const PrepareProblem p, uint8_t* out,
+                                                          float* out_scale) {
+  const int k_tiles = (p.k + 63) / 64;
+  const int tile_n = blockIdx.x / k_tiles, tile_k = blockIdx.x % k_tiles;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
   const uint8_t* tile = p.packed + static_cast<int64_t>(blockIdx.x) * kTileBytesMxfp4;
-  const uint4 raw = *reinterpret_cast<const uint4*>(tile + codes_offset(at.slice, at.lane));
-  const uint32_t scales = *reinterpret_cast<const uint16_t*>(tile + scales_offset(Format::kMxfp4, at.slice, at.lane));
+  const uint4 raw = *reinterpret_cast<const uint4*>(tile + warp * 512 + lane * 16);
+  const uint32_t scales = *reinterpret_cast<const uint16_t*>(tile + kTileCodeBytes + warp * 32 + (g * 2 + t / 2) * 2);
   uint32_t a[2][4];
   expand8(raw, scales, a);
-  if (at.k0 >= p.k) return;
+  const int row = tile_n * 64 + warp * 16 + g, k0 = tile_k * 64 + t * 16;
+  if (k0 >= p.k) return;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int row = at.row + 8 * h;
-    if (row >= p.n) continue;
-    if (at.k0 == 0) out_scale[row] = p.row_scale[row] * 0.015625f;
-    *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * p.k + at.k0) =
-        make_uint4(in_order(a[0][h]), in_order(a[0][2 + h]), in_order(a[1][h]), in_order(a[1][2 + h]));
+    if (k0 == 0 && row + 8 * h < p.n) out_scale[row + 8 * h] = p.row_scale[row + 8 * h] * 0.015625f;
+    if (row + 8 * h < p.n)
+      *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row + 8 * h) * p.k + k0) =
+          make_uint4(in_order(a[0][h]), in_order(a[0][2 + h]), in_order(a[1][h]), in_order(a[1][2 + h]));
   }
 }
 

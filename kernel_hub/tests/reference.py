@@ -82,7 +82,9 @@ def quantize_mxfp4(x: torch.Tensor, rule: str):
 
 def dynamic_global(x: torch.Tensor) -> torch.Tensor:
     amax = x.abs().amax(-1, keepdim=True)
-    return torch.where(amax > 0, torch.full_like(amax, 448.0 * 6.0) / amax, 1.0)  # scalar / tensor rounds twice
+    return torch.where(
+        amax > 0, torch.full_like(amax, 448.0 * 6.0) / amax, 1.0
+    )  # scalar / tensor rounds twice
 
 
 def activation_values(x: torch.Tensor, mode, input_global_scale) -> torch.Tensor:

@@ -41,7 +41,9 @@ def check(y, x, weight, bias, mode, g):
     error, limit = ref.relative_error(y, exact), 2 * ref.relative_error(eager, exact) + FLOORS[mode.dtype]
     assert torch.isfinite(y).all()
     assert error <= limit, f"error {error:.2e}, limit {limit:.2e}"
-    if mode.activations == "fp4":  # must be nearer to the quantized tokens' result than to the unquantized one's
+    if (
+        mode.activations == "fp4"
+    ):  # must be nearer to the quantized tokens' result than to the unquantized one's
         plain = ref.rotate(x, mode.hadamard).double() @ w.T + (0 if bias is None else bias.double())
         assert error < ref.relative_error(y, plain)
 
@@ -76,7 +78,7 @@ def test_all_positive(kernels, mode):
 @pytest.mark.parametrize("exponent", [-20, -6, 6, 12])
 def test_extreme_scales(kernels, mode, exponent):
     shape = Shape(17, 80, 512)
-    x, weight, bias, g = make(shape, mode)
+    x, weight, _, g = make(shape, mode)
     if mode.dtype == "float16" and abs(exponent) > 6:
         pytest.skip("outside float16")
     x = (torch.randn(17, 512, device="cuda") * 2.0**exponent).to(x.dtype)
@@ -120,7 +122,9 @@ def test_rows_are_independent(kernels, mode, m):
 def test_restore_gives_the_stored_bytes(kernels, format, n, k):
     weight, scale, global_scale = ref.random_weight(n, k, format, "cuda")
     if format == "nvfp4":  # every E4M3 byte that is not negative and not NaN
-        scale = torch.randint(0, 0x7F, scale.shape, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+        scale = torch.randint(0, 0x7F, scale.shape, dtype=torch.uint8, device="cuda").view(
+            torch.float8_e4m3fn
+        )
     else:
         scale = torch.randint(1, 250, scale.shape, dtype=torch.uint8, device="cuda")
     prepared = kernels.prepare_weight(weight, scale, global_scale)
@@ -130,12 +134,17 @@ def test_restore_gives_the_stored_bytes(kernels, format, n, k):
 
 
 @pytest.mark.parametrize("hadamard", [None, 16, 32, 64, 128])
-@pytest.mark.parametrize("format, rule", [("nvfp4", "absmax"), ("nvfp4", "four_over_six"), ("mxfp4", "absmax"), ("mxfp4", "mse")])
+@pytest.mark.parametrize(
+    "format, rule", [("nvfp4", "absmax"), ("nvfp4", "four_over_six"), ("mxfp4", "absmax"), ("mxfp4", "mse")]
+)
 @pytest.mark.parametrize("static", [True, False])
 def test_rotate_quantize(kernels, hadamard, format, rule, static):
+    torch.manual_seed(0)
     x = torch.randn(37, 1152, device="cuda", dtype=torch.bfloat16)
     g = torch.tensor([128.0], device="cuda") if static and format == "nvfp4" else None
-    codes, scales, token_scale = kernels.rotate_quantize(x, format=format, hadamard=hadamard, rule=rule, input_global_scale=g)
+    codes, scales, token_scale = kernels.rotate_quantize(
+        x, format=format, hadamard=hadamard, rule=rule, input_global_scale=g
+    )
     rotated = ref.rotate(x, hadamard)
     if format == "nvfp4":
         divisor = ref.dynamic_global(rotated) if g is None else g
@@ -153,13 +162,34 @@ def test_rotate_quantize(kernels, hadamard, format, rule, static):
 
 
 def test_ties_round_to_even(kernels):
-    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.2495, 0.2505, 5.01, 4.99, 0.0, -0.25, -1.75, -6.0])
+    ties = torch.tensor(
+        [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.2495, 0.2505, 5.01, 4.99, 0.0, -0.25, -1.75, -6.0]
+    )
     want = torch.tensor([0, 2, 2, 4, 4, 6, 6, 7, 0, 1, 7, 6, 0, 8, 12, 15])
     x = ties.to(torch.float16).repeat(4).view(1, 64).cuda()
     for format in ("nvfp4", "mxfp4"):
         g = torch.ones(1, device="cuda") if format == "nvfp4" else None
         codes, _, _ = kernels.rotate_quantize(x, format=format, input_global_scale=g)
         assert torch.equal(ref.unpack(codes).cpu().view(4, 16).long(), want.expand(4, -1))
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize(
+    "m, n, k", [(1, 28672, 4096), (7, 16656, 320), (16, 16640, 1152), (40, 640, 4096), (200, 384, 4096)]
+)
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_every_split_gives_the_result(kernels, format, m, n, k, split):
+    """The variants for few tokens and the divisions of K for more, also those that are not chosen for this shape."""
+    if kernels.backend_of() != "cuda":
+        pytest.skip("CUDA kernels only")
+    mode = Mode(format, "bf16", None)
+    x, weight, bias, g = make(Shape(m, n, k), mode)
+    packed, row_scale = kernels.prepare_weight(*weight)
+    tokens = kernels.prepare_activation(x, format=format, activations="bf16")
+    y = kernels._linear.ops.prepared_gemm(
+        tokens.tokens, tokens.token_scale, packed, row_scale, bias, m, 0, True, split
+    )
+    check(y, x, weight, bias, mode, g)
 
 
 def test_shared_activation_equals_linear(kernels):

@@ -50,7 +50,11 @@ def test_loader_prefers_the_compiled_variant(torch_version, preferred):
 
 def test_digests_cover_every_file(variant):
     digest = json.loads((variant / "metadata.json").read_text())["digest"]["files"]
-    files = {str(p.relative_to(variant)) for p in variant.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    files = {
+        str(p.relative_to(variant))
+        for p in variant.rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
     assert set(digest) == files - {"metadata.json"}
     for name, value in digest.items():
         assert base64.b64encode(hashlib.sha256((variant / name).read_bytes()).digest()).decode() == value
@@ -63,7 +67,9 @@ def sass():
     if shutil.which("cuobjdump") is None:
         pytest.skip("needs cuobjdump")
     library = next(PATHS["cuda"].glob("*.abi3.so"))
-    return subprocess.run(["cuobjdump", "--dump-sass", str(library)], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["cuobjdump", "--dump-sass", str(library)], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def functions(sass: str) -> dict[str, str]:
@@ -82,5 +88,7 @@ def test_tensor_core_instructions(sass):
 def test_gemv_streams_weights_16_bytes_at_a_time(sass):
     for name, body in functions(sass).items():
         if "gemv_w4_kernel" in name:
-            assert re.search(r"LDG\.E\.128\.CONSTANT|LDG\.E\.NA\.(LTC128B\.)?128\.CONSTANT|LDG\.E\.NA.*128", body), name
+            assert re.search(
+                r"LDG\.E\.128\.CONSTANT|LDG\.E\.NA\.(LTC128B\.)?128\.CONSTANT|LDG\.E\.NA.*128", body
+            ), name
             assert not re.search(r"\b(LDL|STL)\b", body), f"{name} uses local memory"

@@ -19,8 +19,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 STABLE_ABI = (2, 11)
@@ -63,7 +64,7 @@ def add_op_namespace_prefix(op_name: str):
 
 
 def run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
     if result.returncode != 0:
         raise SystemExit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
     # Serialized wgmma or registers spilled to memory cost more than any tuning gains: show what ptxas says about them.
@@ -109,9 +110,23 @@ def compile_extension(config: dict, ops_name: str, nvcc: str, archs: list[str], 
     gencode = [f"-gencode=arch=compute_{a.replace('.', '')},code=sm_{a.replace('.', '')}" for a in archs]
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "registration.h").write_text(REGISTRATION)
-        common = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-gnu-unique", f"-I{scratch}", f"-I{include}"]
-        common += [f"-I{sysconfig.get_paths()['include']}", f"-DTORCH_EXTENSION_NAME={ops_name}", "-DUSE_CUDA"]
-        common += [f"-DTORCH_TARGET_VERSION=0x{target:016x}ULL", "-DCUDA_KERNEL", "-DPy_LIMITED_API=0x03090000"]
+        common = [
+            "-O3",
+            "-std=c++17",
+            "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-gnu-unique",
+            f"-I{scratch}",
+            f"-I{include}",
+        ]
+        common += [
+            f"-I{sysconfig.get_paths()['include']}",
+            f"-DTORCH_EXTENSION_NAME={ops_name}",
+            "-DUSE_CUDA",
+        ]
+        common += [
+            f"-DTORCH_TARGET_VERSION=0x{target:016x}ULL",
+            "-DCUDA_KERNEL",
+            "-DPy_LIMITED_API=0x03090000",
+        ]
 
         def compile_one(source: Path) -> str:
             obj = str(Path(scratch) / (source.name + ".o"))
@@ -122,7 +137,18 @@ def compile_extension(config: dict, ops_name: str, nvcc: str, archs: list[str], 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
         library = out / f"{ops_name}.abi3.so"
-        run([nvcc, "-shared", "-cudart", "shared", *objects, *torch_libraries(Path(scratch)), "-o", str(library)])
+        run(
+            [
+                nvcc,
+                "-shared",
+                "-cudart",
+                "shared",
+                *objects,
+                *torch_libraries(Path(scratch)),
+                "-o",
+                str(library),
+            ]
+        )
 
 
 def write_variant(config: dict, ops_name: str, archs: list[str] | None, ops_source: str, out: Path) -> None:
@@ -144,7 +170,10 @@ def write_variant(config: dict, ops_name: str, archs: list[str] | None, ops_sour
         'globals().update(vars(_import_from_path(Path(__file__).parent.parent / "__init__.py")))\n'
     )
     files = sorted(p for p in out.rglob("*") if p.is_file())
-    digest = {str(p.relative_to(out)): base64.b64encode(hashlib.sha256(p.read_bytes()).digest()).decode() for p in files}
+    digest = {
+        str(p.relative_to(out)): base64.b64encode(hashlib.sha256(p.read_bytes()).digest()).decode()
+        for p in files
+    }
     metadata = {
         "name": general["name"],
         "id": ops_name,
@@ -180,9 +209,13 @@ def build(variant: str, config: dict, nvcc: str, archs: list[str], destination: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variant", choices=["compiled", "noarch", "all"], default="all")
-    parser.add_argument("--archs", default="9.0a", help="comma-separated compute capabilities of the compiled variant")
+    parser.add_argument(
+        "--archs", default="9.0a", help="comma-separated compute capabilities of the compiled variant"
+    )
     parser.add_argument("--nvcc", default=shutil.which("nvcc") or "nvcc")
     parser.add_argument("--destination", type=Path, default=ROOT / "build")
     args = parser.parse_args()

@@ -36,7 +36,9 @@ def backend_of(device: torch.device | int | None = None) -> str:
         return "cuda"
     if capability >= (8, 0):
         return "triton"
-    raise RuntimeError(f"hf_fp4_kernels needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}")
+    raise RuntimeError(
+        f"hf_fp4_kernels needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+    )
 
 
 def _format_of_scale(weight_scale: torch.Tensor) -> str:
@@ -67,7 +69,9 @@ def _check_activation(x: torch.Tensor, format: str, hadamard: int | None) -> Non
     if k % _GROUPS[format]:
         raise ValueError(f"in_features must be a multiple of {_GROUPS[format]} for {format}, got {k}")
     if hadamard is not None and (hadamard not in (16, 32, 64, 128) or k % hadamard):
-        raise ValueError(f"hadamard must be None or one of 16, 32, 64, 128 that divides in_features {k}, got {hadamard}")
+        raise ValueError(
+            f"hadamard must be None or one of 16, 32, 64, 128 that divides in_features {k}, got {hadamard}"
+        )
 
 
 def prepare_weight(
@@ -82,11 +86,15 @@ def prepare_weight(
     format = _format_of_scale(weight_scale)
     n, k = weight.shape[0], weight.shape[1] * 2
     if n % 16 or k % _GROUPS[format]:
-        raise ValueError(f"weight must be [multiple of 16, multiple of {_GROUPS[format]}] for {format}, got {n} x {k}")
+        raise ValueError(
+            f"weight must be [multiple of 16, multiple of {_GROUPS[format]}] for {format}, got {n} x {k}"
+        )
     if format == "nvfp4" and weight_global_scale is None:
         raise ValueError("nvfp4 weights need weight_global_scale, got None")
     if backend_of(weight.device) == "cuda":
-        return PreparedWeight(*ops.prepare_weight(weight.contiguous(), weight_scale.contiguous(), weight_global_scale))
+        return PreparedWeight(
+            *ops.prepare_weight(weight.contiguous(), weight_scale.contiguous(), weight_global_scale)
+        )
     return PreparedWeight(*_triton.prepare_weight(weight, weight_scale, weight_global_scale))
 
 
@@ -176,7 +184,9 @@ def gemm(
     """tokens x weight^T + bias: [..., N] in the dtype of the tokens' input. Same weight format as the tokens' `format`."""
     n = row_scale.shape[0]
     if prepared.operand == "triton":
-        y = _triton.ops_gemm(prepared.tokens, prepared.token_scale, packed, row_scale, bias, prepared.dtype == torch.bfloat16)
+        y = _triton.ops_gemm(
+            prepared.tokens, prepared.token_scale, packed, row_scale, bias, prepared.dtype == torch.bfloat16
+        )
     else:
         m = 1
         for size in prepared.shape:
@@ -216,10 +226,26 @@ def linear(
     operand = _operand(format, activations, x.dtype, fp8)
     if packed.dim() == 3:
         y = ops.prepared_linear(
-            x, packed, row_scale, bias, input_global_scale, OPERANDS[operand], quantize, hadamard or 0, RULES[rule]
+            x,
+            packed,
+            row_scale,
+            bias,
+            input_global_scale,
+            OPERANDS[operand],
+            quantize,
+            hadamard or 0,
+            RULES[rule],
         )
     else:
         y = _triton.ops_linear(
-            x, packed, row_scale, bias, input_global_scale, FORMATS[format], quantize, hadamard or 0, RULES[rule]
+            x,
+            packed,
+            row_scale,
+            bias,
+            input_global_scale,
+            FORMATS[format],
+            quantize,
+            hadamard or 0,
+            RULES[rule],
         )
     return y.view(*x.shape[:-1], row_scale.shape[0])

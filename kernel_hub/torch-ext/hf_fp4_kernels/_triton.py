@@ -13,7 +13,8 @@ def prepare_weight(weight, weight_scale, weight_global_scale):
     if weight_scale.dtype == torch.float8_e4m3fn:
         row_scale = (1.0 / weight_global_scale.float()).expand(weight.shape[0]).contiguous()
     else:
-        row_scale = torch.ldexp(torch.ones((), device=weight.device), weight_scale.amax(1).int() - 127)
+        top = weight_scale.amax(1).int()
+        row_scale = torch.ldexp(torch.ones_like(top, dtype=torch.float32), top - 127)
     return packed, row_scale
 
 

@@ -218,7 +218,9 @@ def gemm_kernel(
             s = _decode_e4m3(byte)
         else:  # relative to the row's largest exponent, which is in row_scale
             s = _exp2_int(tl.maximum(byte - top[:, None], -126))
-        value = tl.reshape(tl.join(_value_of_code(packed & 15), _value_of_code(packed >> 4)), [BN, BK // GROUP, GROUP])
+        value = tl.reshape(
+            tl.join(_value_of_code(packed & 15), _value_of_code(packed >> 4)), [BN, BK // GROUP, GROUP]
+        )
         w = tl.reshape(value * s[:, :, None], [BN, BK]).to(x_ptr.dtype.element_ty)
         acc = tl.dot(x, tl.trans(w), acc)
     acc = acc * row_scale[None, :]
