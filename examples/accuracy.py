@@ -67,7 +67,9 @@ def table(results: list[dict[str, Any]]) -> str:
     """Markdown: one line per recipe, KL per text as mean (and spread over seeds)."""
     texts = list(results[0]["texts"])
     lines = [
-        "| format | activations | recipe | " + " | ".join(f"KL {name}" for name in texts) + " | perplexity | top-1 |",
+        "| format | activations | recipe | "
+        + " | ".join(f"KL {name}" for name in texts)
+        + " | perplexity | top-1 |",
         "| --- | --- | --- |" + " --- |" * (len(texts) + 2),
     ]
     for (format, activations, recipe), runs in grouped(results):
@@ -76,9 +78,14 @@ def table(results: list[dict[str, Any]]) -> str:
         perplexity = statistics.mean(score["perplexity"] for score in first)
         top1 = statistics.mean(score["top1_agreement"] for score in first)
         shown = "W4A4" if activations == "fp4" else "W4A16"
-        lines.append(f"| {format} | {shown} | {recipe} | {' | '.join(cells)} | {perplexity:.2f} | {100 * top1:.1f} % |")
+        lines.append(
+            f"| {format} | {shown} | {recipe} | {' | '.join(cells)} | {perplexity:.2f} | {100 * top1:.1f} % |"
+        )
     original = results[0]["texts"][texts[0]]["reference_perplexity"]
-    return "\n".join(lines) + f"\n\nPerplexity and top-1 on {texts[0]}; the original model's perplexity is {original:.2f}.\n"
+    return (
+        "\n".join(lines)
+        + f"\n\nPerplexity and top-1 on {texts[0]}; the original model's perplexity is {original:.2f}.\n"
+    )
 
 
 def grouped(results: list[dict[str, Any]]) -> list[tuple[tuple[str, str, str], list[dict[str, Any]]]]:
@@ -105,7 +112,8 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
 
     name = next(iter(results[0]["texts"]))
     means = {
-        group: statistics.mean(run["texts"][name]["kl_divergence"] for run in runs) for group, runs in grouped(results)
+        group: statistics.mean(run["texts"][name]["kl_divergence"] for run in runs)
+        for group, runs in grouped(results)
     }
     columns = list(dict.fromkeys((format, activations) for format, activations, _ in means))
     figure = Figure(figsize=(7, 3.5), layout="constrained")
@@ -122,7 +130,9 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True, help="a text file, a Hub dataset, or builtin")
     parser.add_argument("--text", nargs="+", required=True, help="held-out text files")
@@ -142,7 +152,9 @@ def main(arguments: list[str] | None = None) -> None:
     results: list[dict[str, Any]] = json.loads(record.read_text()) if record.exists() else []
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, device_map=args.device)
-    for format, activations, recipe, seed in itertools.product(args.formats, args.activations, args.recipes, args.seeds):
+    for format, activations, recipe, seed in itertools.product(
+        args.formats, args.activations, args.recipes, args.seeds
+    ):
         run = {"format": format, "activations": activations, "recipe": recipe, "seed": seed}
         if recipe == "rtn" and seed != args.seeds[0]:
             continue  # rounding to nearest has no calibration data, so nothing depends on the seed

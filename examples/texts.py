@@ -34,7 +34,9 @@ def strip_markup(text: str) -> str:
     text = re.sub(r"<!--.*?-->|<ref[^>]*/>|<ref.*?</ref>|<math.*?</math>", "", text, flags=re.DOTALL)
     for _ in range(6):  # templates nest
         text = re.sub(r"\{\{[^{}]*\}\}|\{\|[^{}]*?\|\}", "", text, flags=re.DOTALL)
-    text = re.sub(r"\[\[(?:File|Image|Category|[a-z\-]{2,12}):[^\[\]]*(?:\[\[[^\]]*\]\][^\[\]]*)*\]\]", "", text)
+    text = re.sub(
+        r"\[\[(?:File|Image|Category|[a-z\-]{2,12}):[^\[\]]*(?:\[\[[^\]]*\]\][^\[\]]*)*\]\]", "", text
+    )
     text = re.sub(r"\[\[(?:[^|\]]*\|)?([^\]]*)\]\]", r"\1", text)
     text = re.sub(r"\[https?:\S+ ?([^\]]*)\]", r"\1", text)
     text = re.sub(r"<[^>]+>|'{2,}|^=+|=+\s*$|^[*:#;]+ ?", "", text, flags=re.MULTILINE)
@@ -47,7 +49,9 @@ def write_texts(directory: Path) -> None:
     if found is None or found.origin is None:
         raise ImportError("the texts come with the gensim package: pip install --no-deps gensim")
     data = Path(found.origin).parent / "test" / "test_data"
-    articles = encyclopedia_articles(bz2.decompress((data / ENCYCLOPEDIA).read_bytes()).decode("utf-8", "ignore"))
+    articles = encyclopedia_articles(
+        bz2.decompress((data / ENCYCLOPEDIA).read_bytes()).decode("utf-8", "ignore")
+    )
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "calibration.txt").write_text("\n\n".join(articles[0::2]), encoding="utf-8")
     (directory / "encyclopedia.txt").write_text("\n\n".join(articles[1::2]), encoding="utf-8")
@@ -55,6 +59,8 @@ def write_texts(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
     write_texts(parser.parse_args().directory)

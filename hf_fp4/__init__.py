@@ -4,7 +4,7 @@ Importing this package registers the method with transformers; `from_pretrained`
 with a `MRGPTQConfig`, and loads a checkpoint that was quantized before without any argument.
 """
 
-from . import backends as _backends  # registers the operators' implementations
+from . import backends as backends  # registers the operators' implementations
 from .config import MRGPTQConfig
 from .evaluate import evaluate
 from .layers.linear import FP4Linear

@@ -74,7 +74,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
     work_dir: str | os.PathLike | None = None
     modules: dict[str, int | None] | None = None
     calibration: dict[str, Any] | None = None
-    quant_method: str = field(default=QUANT_METHOD, init=False)
+    quant_method: str = field(default=QUANT_METHOD, init=False)  # type: ignore[assignment]
 
     def __post_init__(self):
         _one_of("format", self.format, tuple(f.value for f in FP4Format))
@@ -83,7 +83,9 @@ class MRGPTQConfig(QuantizationConfigMixin):
         _one_of("hadamard_group_size", self.hadamard_group_size, ("auto", None, *HADAMARD_SIZES))
         _one_of("scale_rule", self.scale_rule, ("auto", *WEIGHT_SCALE_RULES))
         if self.scale_rule == "four_over_six" and self.fp4_format is not FP4Format.NVFP4:
-            raise ValueError('scale_rule="four_over_six" is for nvfp4; for mxfp4 use "mse", which searches exponents')
+            raise ValueError(
+                'scale_rule="four_over_six" is for nvfp4; for mxfp4 use "mse", which searches exponents'
+            )
         rules = ACTIVATION_SCALE_RULES[self.fp4_format]
         if self.activation_scale_rule is None:
             self.activation_scale_rule = rules[-1]
@@ -98,7 +100,9 @@ class MRGPTQConfig(QuantizationConfigMixin):
         if not _is_number(self.error_correction) or not 0 <= self.error_correction <= 1:
             raise ValueError(f"error_correction must be between 0 and 1, got {self.error_correction!r}")
         if not _is_number(self.damp_percent) or not 0 < self.damp_percent < 1:
-            raise ValueError(f"damp_percent must be between 0 and 1 (0.01 to 0.1 is usual), got {self.damp_percent!r}")
+            raise ValueError(
+                f"damp_percent must be between 0 and 1 (0.01 to 0.1 is usual), got {self.damp_percent!r}"
+            )
         if self.modules_to_not_convert is not None:
             self.modules_to_not_convert = _names("modules_to_not_convert", self.modules_to_not_convert)
 
@@ -133,6 +137,11 @@ class MRGPTQConfig(QuantizationConfigMixin):
         return "mse" if self.method == "rtn" else "hessian"
 
     @property
+    def uses_original_stream(self) -> bool:
+        """Whether calibration also runs the original model, for the asymmetric correction."""
+        return self.method != "rtn" and self.error_correction > 0
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether quantizing needs data."""
         return self.method != "rtn" or self.scale_rule == "hessian"
@@ -145,7 +154,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What is written to config.json: JSON values only, without what only the run itself needs."""
         saved = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_SAVED}
-        if not isinstance(self.dataset, str):
+        if not isinstance(self.dataset, str) or os.path.exists(self.dataset):  # no objects, no local paths
             saved["dataset"] = (self.calibration or {}).get("dataset", type(self.dataset).__name__)
         return {**saved, "how_to_load": _HOW_TO_LOAD}
 
@@ -165,11 +174,11 @@ class MRGPTQConfig(QuantizationConfigMixin):
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:
-    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+    if not any(isinstance(value, type(choice)) and value == choice for choice in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _is_number(value: Any, kind: type | tuple = (int, float)) -> bool:
+def _is_number(value: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 

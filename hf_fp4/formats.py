@@ -97,7 +97,9 @@ def decode_e2m1(codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torc
 def pack(codes: torch.Tensor) -> torch.Tensor:
     """uint8 codes ``[..., K]`` -> uint8 ``[..., K/2]``, the low nibble is the even k. K must be even."""
     if codes.shape[-1] % 2:
-        raise ValueError(f"the last dimension of FP4 codes must be even to pack two in a byte, got {codes.shape[-1]}")
+        raise ValueError(
+            f"the last dimension of FP4 codes must be even to pack two in a byte, got {codes.shape[-1]}"
+        )
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
@@ -106,7 +108,9 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
-def dequantize_blocks(packed: torch.Tensor, scale: torch.Tensor, fmt: FP4Format, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_blocks(
+    packed: torch.Tensor, scale: torch.Tensor, fmt: FP4Format, dtype: torch.dtype
+) -> torch.Tensor:
     """``e2m1 * block scale`` without the global scale, which the caller divides by.
 
     The result is exact in bfloat16 and wider (at most 6 significant bits); float16 holds NVFP4 only.

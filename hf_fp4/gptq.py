@@ -77,15 +77,23 @@ def solve(
     columns = weight.T  # [K, N]: one column of the weight is contiguous
     if order is not None:
         columns, steps, inverse = columns[order], steps[order], inverse[order]
-    columns, steps, inverse = columns.clone(memory_format=torch.contiguous_format), steps.contiguous(), inverse.contiguous()
-    errors = torch.empty(min(BLOCK, len(columns)), columns.shape[1], dtype=columns.dtype, device=columns.device)
+    columns, steps, inverse = (
+        columns.clone(memory_format=torch.contiguous_format),
+        steps.contiguous(),
+        inverse.contiguous(),
+    )
+    errors = torch.empty(
+        min(BLOCK, len(columns)), columns.shape[1], dtype=columns.dtype, device=columns.device
+    )
     quantized = torch.empty_like(columns)
     for start in range(0, len(columns), BLOCK):
         stop = min(start + BLOCK, len(columns))
         block, factor = columns[start:stop], upper[start:stop, start:stop]
         pivots = factor.diagonal().tolist()
         for i in range(stop - start):
-            torch.mul(round_to_e2m1(block[i] * inverse[start + i]), steps[start + i], out=quantized[start + i])
+            torch.mul(
+                round_to_e2m1(block[i] * inverse[start + i]), steps[start + i], out=quantized[start + i]
+            )
             torch.sub(block[i], quantized[start + i], out=errors[i]).div_(pivots[i])
             block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)

@@ -24,7 +24,9 @@ class SecondMoments:
         self._sum.addmm_(x.T, x)
         if self._cross is not None:
             if original is None:
-                raise ValueError("cross moments need the original stream's inputs beside the quantized stream's")
+                raise ValueError(
+                    "cross moments need the original stream's inputs beside the quantized stream's"
+                )
             self._cross.addmm_(original.T, x)
         self.tokens += x.shape[0]
 
@@ -75,12 +77,19 @@ def inverse_cholesky(second: torch.Tensor, damp_percent: float, name: str) -> to
     lower, _ = damped_cholesky(second, damp_percent, name)
     upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if failed or not torch.isfinite(upper).all():
-        raise RuntimeError(f"the inverse second moments of {name} could not be factored; use a larger damp_percent")
+        raise RuntimeError(
+            f"the inverse second moments of {name} could not be factored; use a larger damp_percent"
+        )
     return upper
 
 
 def correct_target(
-    weight: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, strength: float, damp_percent: float, name: str
+    weight: torch.Tensor,
+    second: torch.Tensor,
+    cross: torch.Tensor,
+    strength: float,
+    damp_percent: float,
+    name: str,
 ) -> torch.Tensor:
     """The weight that, on the quantized stream's inputs, best gives what ``weight`` gives on the original stream's.
 

@@ -64,7 +64,15 @@ def linear(
 
 @torch.library.register_fake("hf_fp4::linear", lib=LIBRARY)
 def _linear_fake(
-    x, weight, weight_scale, weight_global_scale, input_global_scale, bias, format, activation_scale_rule, hadamard_size
+    x,
+    weight,
+    weight_scale,
+    weight_global_scale,
+    input_global_scale,
+    bias,
+    format,
+    activation_scale_rule,
+    hadamard_size,
 ):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -86,7 +94,9 @@ def _linear_backward(ctx, gradient):
     return x, None, None, None, None, bias, None, None, None
 
 
-torch.library.register_autograd("hf_fp4::linear", _linear_backward, setup_context=_save_for_backward, lib=LIBRARY)
+torch.library.register_autograd(
+    "hf_fp4::linear", _linear_backward, setup_context=_save_for_backward, lib=LIBRARY
+)
 
 
 def check_linear(
@@ -136,9 +146,13 @@ def check_linear(
         raise ValueError(f"{name}.weight_global_scale is missing, {format.value} needs it; {_BROKEN}")
     for buffer, value in global_scales.items():
         if value.numel() != 1 or value.dtype != torch.float32:
-            raise ValueError(f"{name}.{buffer} must be float32 [1], got {value.dtype} {list(value.shape)}; {_BROKEN}")
+            raise ValueError(
+                f"{name}.{buffer} must be float32 [1], got {value.dtype} {list(value.shape)}; {_BROKEN}"
+            )
         if not (torch.isfinite(value).all() and (value > 0).all()):
-            raise ValueError(f"{name}.{buffer} must be a positive finite number, got {value.item()}; {_BROKEN}")
+            raise ValueError(
+                f"{name}.{buffer} must be a positive finite number, got {value.item()}; {_BROKEN}"
+            )
 
 
 _BROKEN = "the checkpoint is damaged or incomplete: download or quantize it again"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import re
 import tempfile
 import types
 from pathlib import Path
@@ -22,7 +25,7 @@ from .calibration.driver import LayerReport, new_layer, quantize_model
 from .config import QUANT_METHOD, MRGPTQConfig
 from .gptq import round_weight
 from .layers.linear import FP4Linear
-from .layers.replace import describe_skipped, replace_linears, select_linears
+from .layers.replace import describe_skipped, linear_at, replace_linears, select_linears
 from .rotation import largest_size, require_divisor, rotate
 from .scales import fused_partners, weight_global_scale, weight_scales
 
@@ -42,7 +45,8 @@ class MRGPTQHfQuantizer(HfQuantizer):
     quantization_config: MRGPTQConfig
 
     def __init__(self, quantization_config: MRGPTQConfig, **kwargs: Any):
-        super().__init__(quantization_config, **kwargs)
+        # A copy: what a run chose is written into it, and the caller may quantize another model with the same config.
+        super().__init__(copy.copy(quantization_config), **kwargs)
         self.report: list[LayerReport] = []
         self.skipped: dict[str, str] = {}
         self._on_load: _QuantizeOnLoad | None = None
@@ -52,7 +56,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
                 "by something else: quantize the original model again"
             )
         if not self.pre_quantized:
-            quantization_config.modules = quantization_config.calibration = None
+            self.quantization_config.modules = self.quantization_config.calibration = None
 
     # --- before the weights are read
 
@@ -60,9 +64,13 @@ class MRGPTQHfQuantizer(HfQuantizer):
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if any(str(place) == "meta" for place in places):
             raise ValueError(
-                "a model on the meta device has no weights to quantize; load it with device_map=None, \"cpu\" or \"cuda\""
+                'a model on the meta device has no weights to quantize; load it with device_map=None, "cpu" or "cuda"'
             )
-        if not self.pre_quantized and self.quantization_config.needs_calibration and "disk" in map(str, places):
+        if (
+            not self.pre_quantized
+            and self.quantization_config.needs_calibration
+            and "disk" in map(str, places)
+        ):
             raise ValueError(
                 "calibration needs the weights in memory, and device_map puts some on disk; use device_map=None, or "
                 'method="rtn" without scale_rule="hessian", which quantizes while loading'
@@ -78,6 +86,8 @@ class MRGPTQHfQuantizer(HfQuantizer):
                     "model once without quantization_config and save_pretrained() it"
                 )
         config = self.quantization_config
+        if not self.pre_quantized:
+            _refuse_quantized(checkpoint_files)
         if self.pre_quantized:
             self._insert_layers(model)
         elif not config.needs_calibration:
@@ -91,8 +101,10 @@ class MRGPTQHfQuantizer(HfQuantizer):
         linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         prefix = f"{model.base_model_prefix}."  # a head model holds under this name what the bare model holds by itself
         sizes, missing = {}, []
-        for saved, size in config.modules.items():
-            found = next((n for n in (saved, saved.removeprefix(prefix), prefix + saved) if n in linears), None)
+        for saved, size in (config.modules or {}).items():
+            found = next(
+                (n for n in (saved, saved.removeprefix(prefix), prefix + saved) if n in linears), None
+            )
             if found is None:
                 missing.append(saved)
             else:
@@ -114,6 +126,8 @@ class MRGPTQHfQuantizer(HfQuantizer):
         return self._on_load is not None and tensor_name == "weight" and module_name in self._on_load.sizes
 
     def get_quantize_ops(self) -> ConversionOps:
+        if self._on_load is None:
+            raise RuntimeError("only a data-free run quantizes while weights are read")
         return self._on_load
 
     # --- after the weights are read
@@ -130,7 +144,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
             self._calibrate(model)
         if self.skipped:
             logger.warning(f"not converted to FP4: {describe_skipped(self.skipped)}")
-        model.save_pretrained = types.MethodType(_save_in_one_step, model)
+        model.save_pretrained = types.MethodType(_save_in_one_step, model)  # type: ignore[method-assign]
         return model
 
     def _calibrate(self, model: PreTrainedModel) -> None:
@@ -159,10 +173,12 @@ class MRGPTQHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, layer in list(model.named_modules()):
             if isinstance(layer, FP4Linear):
-                linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-                linear.weight = nn.Parameter(layer.dequantize(dtype))
+                linear = nn.Linear(
+                    layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+                )
+                linear.weight = nn.Parameter(layer.dequantize(dtype or model.dtype))
                 if layer.bias is not None:
-                    linear.bias = nn.Parameter(layer.bias.detach().to(dtype))
+                    linear.bias = nn.Parameter(layer.bias.detach().to(dtype or model.dtype))
                 model.set_submodule(name, linear.train(layer.training))
         del model.save_pretrained
         return model
@@ -195,7 +211,7 @@ class _QuantizeOnLoad(ConversionOps):
         self._failure: Exception | None = None
         targets = set(names)
         self._partners = {name: tuple(n for n in fused_partners(name) if n in targets) for name in names}
-        self.sizes = {name: self._size(name, model.get_submodule(name).in_features) for name in names}
+        self.sizes = {name: self._size(name, linear_at(model, name).in_features) for name in names}
 
         def factory(name: str, linear: nn.Linear) -> FP4Linear:
             layer = new_layer(linear, config, self.sizes[name], static_input_scale=False)
@@ -208,12 +224,15 @@ class _QuantizeOnLoad(ConversionOps):
         size = self._config.hadamard_group_size
         if size == "auto":
             return largest_size(in_features)
-        if size is not None:
+        if isinstance(size, int):
             require_divisor(size, in_features, name)
-        return size
+            return size
+        return None
 
-    def convert(self, input_dict: dict[str, Any], model: PreTrainedModel, **kwargs: Any) -> dict[str, torch.Tensor]:
-        (key, value), = input_dict.items()
+    def convert(  # type: ignore[override]  # like transformers' own, it returns one tensor per name
+        self, input_dict: dict[str, Any], **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        ((key, value),) = input_dict.items()
         name = key.removesuffix(".weight")
         group = self._partners[name]
         waiting = self._waiting.setdefault(group, {})
@@ -238,7 +257,9 @@ class _QuantizeOnLoad(ConversionOps):
             global_scale = weight_global_scale(absmax).to(next(iter(rotated.values())).device)
         tensors = {}
         for name, weight in rotated.items():
-            quantized = round_weight(weight, weight_scales(weight, fmt, rule, global_scale), fmt, global_scale)
+            quantized = round_weight(
+                weight, weight_scales(weight, fmt, rule, global_scale), fmt, global_scale
+            )
             tensors[f"{name}.weight"] = quantized.packed
             tensors[f"{name}.weight_scale"] = quantized.scale
             if global_scale is not None:
@@ -280,7 +301,9 @@ def _tokenizer(tokenizer: Any, model: PreTrainedModel, dataset: Any) -> Any:
         return None
 
 
-def _save_in_one_step(model: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+def _save_in_one_step(
+    model: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
+) -> None:
     """`save_pretrained`, into a directory inside the target whose files then replace the target's.
 
     When anything fails, a full disk for one, the files that were there before are untouched.
@@ -303,7 +326,9 @@ def _save_in_one_step(model: PreTrainedModel, save_directory: str | os.PathLike,
 
 def _publish(staging: Path, target: Path) -> None:
     """Move finished files into ``target``, weights first and config.json last; drop the weights of an earlier save."""
-    files = sorted(staging.iterdir(), key=lambda f: (f.name == "config.json", f.suffix != ".safetensors", f.name))
+    files = sorted(
+        staging.iterdir(), key=lambda f: (f.name == "config.json", f.suffix != ".safetensors", f.name)
+    )
     wrote_weights = any(f.suffix == ".safetensors" for f in files)
     names = {f.name for f in files}
     for file in files:

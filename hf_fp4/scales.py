@@ -6,6 +6,8 @@ powers of two: multiplying by them is exact, so the calibrated and the final sca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .formats import E2M1_MAX, E4M3_MAX, FP4Format, round_to_e2m1
@@ -81,7 +83,9 @@ def weight_scales(
     weights = None
     if rule == "hessian":
         if importance is None:
-            raise ValueError('scale_rule="hessian" needs the second moments of the inputs; give it calibration data')
+            raise ValueError(
+                'scale_rule="hessian" needs the second moments of the inputs; give it calibration data'
+            )
         weights = importance.view(-1, fmt.group_size)
     candidates = _candidates(blocks, fmt, rule, global_scale, activations=False)
     return candidates[0] if len(candidates) == 1 else _best(blocks, candidates, fmt, global_scale, weights)[0]
@@ -108,15 +112,20 @@ def fake_quantize_activations(
         global_scale = _power_of_two_below(_WEIGHT_RANGE, x.abs().amax(-1, keepdim=True))
     rows = x.reshape(-1, x.shape[-1])
     parts = rows.split(_CACHED_ROWS if x.device.type == "cpu" else max(len(rows), 1))
-    per_token = global_scale is not None and global_scale.numel() == len(rows) > 1
-    divisors = global_scale.reshape(-1, 1).split(len(parts[0])) if per_token else [global_scale] * len(parts)
+    divisors: Sequence[torch.Tensor | None] = [global_scale] * len(parts)
+    if global_scale is not None and global_scale.numel() == len(rows) > 1:  # one per token
+        divisors = global_scale.reshape(-1, 1).split(len(parts[0]))
     values = [_fake_quantize(part, fmt, rule, divisor) for part, divisor in zip(parts, divisors, strict=True)]
     return torch.cat(values).view(x.shape), global_scale
 
 
-def _fake_quantize(x: torch.Tensor, fmt: FP4Format, rule: str, global_scale: torch.Tensor | None) -> torch.Tensor:
+def _fake_quantize(
+    x: torch.Tensor, fmt: FP4Format, rule: str, global_scale: torch.Tensor | None
+) -> torch.Tensor:
     blocks = x.unflatten(-1, (-1, fmt.group_size))
-    scale, codes = _best(blocks, _candidates(blocks, fmt, rule, global_scale, activations=True), fmt, global_scale, None)
+    scale, codes = _best(
+        blocks, _candidates(blocks, fmt, rule, global_scale, activations=True), fmt, global_scale, None
+    )
     return codes.mul_(fmt.decode_scale(scale)[..., None]).flatten(-2)
 
 
@@ -142,19 +151,23 @@ def _candidates(
 ) -> list[torch.Tensor]:
     """Stored scales to choose from, the preferred one first (it wins ties)."""
     absmax = blocks.abs().amax(-1)
-    if fmt is FP4Format.NVFP4:
+    if global_scale is not None:
         base = fmt.encode_scale(absmax / E2M1_MAX * global_scale)
         if rule == "absmax":
             return [base]
         if rule == "four_over_six":
             return [base, fmt.encode_scale(absmax / 4 * global_scale)]
         code = base.view(torch.uint8).short()
-        steps = sorted(_E4M3_STEPS, key=abs)
-        return [(code + s).clamp(1, 0x7E).to(torch.uint8).view(torch.float8_e4m3fn) for s in steps]
-    base = fmt.encode_scale(absmax / 4)  # floor(log2(absmax)) - 2: 2 is the exponent of 6, the largest E2M1 value
+        return [
+            (code + s).clamp(1, 0x7E).to(torch.uint8).view(torch.float8_e4m3fn)
+            for s in sorted(_E4M3_STEPS, key=abs)
+        ]
+    base = fmt.encode_scale(
+        absmax / 4
+    )  # floor(log2(absmax)) - 2: 2 is the exponent of 6, the largest E2M1 value
     if rule == "absmax":
         return [base]
-    steps = (0, 1) if activations else sorted(_E8M0_STEPS, key=abs)
+    steps = [0, 1] if activations else sorted(_E8M0_STEPS, key=abs)
     return [(base.short() + s).clamp(0, 254).to(torch.uint8) for s in steps]
 
 
@@ -166,16 +179,22 @@ def _best(
     weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per block the candidate with the least (weighted) squared error, the earlier one on a tie, and its E2M1 values."""
-    best, best_codes, best_error = None, None, None
-    for candidate in candidates:
-        codes = round_to_e2m1(blocks * inverse_step(candidate, fmt, global_scale)[..., None])
-        if len(candidates) == 1:
-            return candidate, codes
+
+    def codes_of(candidate: torch.Tensor) -> torch.Tensor:
+        return round_to_e2m1(blocks * inverse_step(candidate, fmt, global_scale)[..., None])
+
+    def error_of(candidate: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         error = (codes * step(candidate, fmt, global_scale)[..., None]).sub_(blocks).square_()
-        error = (error if weights is None else error.mul_(weights)).sum(-1)
-        if best is None:
-            best, best_codes, best_error = candidate, codes, error
-            continue
+        return (error if weights is None else error.mul_(weights)).sum(-1)
+
+    best, *others = candidates
+    best_codes = codes_of(best)
+    if not others:
+        return best, best_codes
+    best_error = error_of(best, best_codes)
+    for candidate in others:
+        codes = codes_of(candidate)
+        error = error_of(candidate, codes)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_codes = torch.where(better[..., None], codes, best_codes)

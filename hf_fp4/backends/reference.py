@@ -58,7 +58,15 @@ def matmul(
 
 
 def _linear(
-    x, weight, weight_scale, weight_global_scale, input_global_scale, bias, format, activation_scale_rule, hadamard_size
+    x,
+    weight,
+    weight_scale,
+    weight_global_scale,
+    input_global_scale,
+    bias,
+    format,
+    activation_scale_rule,
+    hadamard_size,
 ):
     fmt = FP4Format(format)
     values, divisor = quantize_input(x, fmt, activation_scale_rule, hadamard_size, input_global_scale)

@@ -46,12 +46,15 @@ class WorkDir:
         if not file.exists():
             return None
         with safe_open(file, framework="pt") as opened:
-            return {k: opened.get_tensor(k) for k in opened.keys()}, json.loads(opened.metadata()["block"])
+            tensors = {key: opened.get_tensor(key) for key in list(opened.keys())}
+            return tensors, json.loads(opened.metadata()["block"])
 
     def save(self, block: int, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         """Write a finished block; it appears under its name only when all of it is on disk."""
         partial = self._file(block).with_suffix(".partial")
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, {"block": json.dumps(metadata)})
+        save_file(
+            {k: v.contiguous().cpu() for k, v in tensors.items()}, partial, {"block": json.dumps(metadata)}
+        )
         with open(partial, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(partial, self._file(block))
@@ -65,9 +68,13 @@ def weights_fingerprint(named_parameters) -> str:
     digest = hashlib.sha256()
     for name, parameter in named_parameters:
         flat = parameter.detach().contiguous().view(-1)
-        as_integers = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+        as_integers = flat.view(
+            {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+        )
         position = as_integers[:: max(1, len(as_integers) // 64)][:64].tolist()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {as_integers.sum().item()} {position}".encode())
+        digest.update(
+            f"{name} {tuple(parameter.shape)} {parameter.dtype} {as_integers.sum().item()} {position}".encode()
+        )
     return digest.hexdigest()
 
 

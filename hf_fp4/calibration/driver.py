@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,11 +18,11 @@ from transformers.utils import logging
 
 from ..backends.reference import compute_dtype, matmul, quantize_input
 from ..config import MRGPTQConfig
-from ..formats import FP4Format, dequantize_blocks
+from ..formats import dequantize_blocks
 from ..gptq import FP4Weight, activation_order, relative_output_error, round_weight, solve
 from ..hessian import SecondMoments, correct_target, inverse_cholesky
 from ..layers.linear import FP4Linear
-from ..layers.replace import replace_linears, select_linears
+from ..layers.replace import linear_at, replace_linears, select_linears
 from ..rotation import HADAMARD_SIZES, require_divisor, rotate
 from ..scales import (
     fake_quantize_activations,
@@ -89,25 +90,31 @@ class _Group:
     def __init__(self, block: nn.Module, prefix: str, names: list[str], config: MRGPTQConfig):
         self.names, self.prefix = names, prefix
         self._config, self._format, self._rule = config, config.fp4_format, config.linear_activation_rule
-        self._linears = [block.get_submodule(name) for name in names]
+        self._linears = {name: linear_at(block, name) for name in names}
+        first = self._linears[names[0]].weight
         self.hadamard_size: int | None = None
         self._moments: SecondMoments | None = None
         self._input_scale: torch.Tensor | None = None
-        self._absmax = torch.zeros(1, device=self._linears[0].weight.device)
+        self._absmax = torch.zeros(1, device=first.device)
+        self._dtype = compute_dtype(first.dtype)
         self._memo: tuple[torch.Tensor, tuple] | None = None
         self._dequantized: dict[str, torch.Tensor] = {}
         self.solved: dict[str, FP4Linear] = {}
 
     @property
     def _title(self) -> str:
-        return f"{self.prefix}.{self.names[0]}" + ("" if len(self.names) == 1 else f" (+{len(self.names) - 1})")
+        return f"{self.prefix}.{self.names[0]}" + (
+            "" if len(self.names) == 1 else f" (+{len(self.names) - 1})"
+        )
 
     def observe(self, x: torch.Tensor, original: torch.Tensor | None) -> None:
         """Add one batch of inputs: of the quantized stream, and of the original one for the correction."""
         require_finite(x, f"the input of {self._title}")
         x = x.flatten(0, -2)
+        if len(x) == 0:
+            return  # an expert that none of these tokens was routed to
         if self._moments is None:
-            self._start(x)
+            self._moments = self._start(x)
         rotated = rotate(x, self.hadamard_size)
         self._absmax = torch.maximum(self._absmax, rotated.abs().amax())
         if self._rule is not None:
@@ -115,16 +122,22 @@ class _Group:
             rotated = values if divisor is None else values / divisor
         if original is not None:
             original = rotate(original.flatten(0, -2), self.hadamard_size)
+            if original.shape != rotated.shape:  # the two streams route different tokens to this expert
+                raise ValueError(
+                    f"{self._title} gets other tokens in the quantized model than in the original one, so its target cannot "
+                    "be corrected; use error_correction=0"
+                )
         self._moments.add(rotated, original)
 
-    def _start(self, first: torch.Tensor) -> None:
+    def _start(self, first: torch.Tensor) -> SecondMoments:
         size = self._config.hadamard_group_size
-        self.hadamard_size = self._best_size(_spread(first, ROTATION_TOKENS)) if size == "auto" else size
-        cross = self._config.method != "rtn" and self._config.error_correction > 0
-        self._moments = SecondMoments(first.shape[-1], first.device, cross=cross)
+        if isinstance(size, str):  # "auto"
+            size = self._best_size(_spread(first, ROTATION_TOKENS))
+        self.hadamard_size = size
         if self._format.has_global_scale:
             absmax = rotate(first, self.hadamard_size).abs().amax().view(1)
             self._input_scale = input_global_scale(absmax * _PROVISIONAL_HEADROOM / 2)
+        return SecondMoments(first.shape[-1], first.device, cross=self._config.uses_original_stream)
 
     def _best_size(self, sample: torch.Tensor) -> int | None:
         """The size, or none, whose solve leaves the least output error on the half of the sample it did not see."""
@@ -134,7 +147,9 @@ class _Group:
         weight = _spread(self._stacked(), ROTATION_ROWS)
         return min(sizes, key=lambda size: self._rotation_error(size, weight, second, unseen))
 
-    def _rotation_error(self, size: int | None, weight: torch.Tensor, second: torch.Tensor, x: torch.Tensor) -> float:
+    def _rotation_error(
+        self, size: int | None, weight: torch.Tensor, second: torch.Tensor, x: torch.Tensor
+    ) -> float:
         weight, x = rotate(weight, size), rotate(x, size)
         quantized = self._solve(weight, rotate(rotate(second, size).T, size)).dequantize()
         seen = x
@@ -145,12 +160,14 @@ class _Group:
         return (seen @ quantized.T - x @ weight.T).square().sum().item()
 
     def _stacked(self) -> torch.Tensor:
-        return torch.cat([linear.weight.detach().float() for linear in self._linears])
+        return torch.cat([linear.weight.detach().float() for linear in self._linears.values()])
 
     def _solve(self, weight: torch.Tensor, second: torch.Tensor) -> FP4Weight:
         """Scales, then codes, of a rotated weight [N, K] under the second moments [K, K] of its inputs."""
         config = self._config
-        global_scale = weight_global_scale(weight.abs().amax().view(1)) if self._format.has_global_scale else None
+        global_scale = (
+            weight_global_scale(weight.abs().amax().view(1)) if self._format.has_global_scale else None
+        )
         scale = weight_scales(weight, self._format, config.weight_rule, global_scale, second.diagonal())
         if config.method == "rtn":
             return round_weight(weight, scale, self._format, global_scale)
@@ -162,6 +179,10 @@ class _Group:
     def solve(self) -> float:
         """Quantize the group's weights from what was observed; returns the relative output error."""
         config = self._config
+        if self._moments is None:
+            raise ValueError(
+                f"no calibration token reached {self._title}; use more samples, or add it to modules_to_not_convert"
+            )
         second = self._moments.second
         if self._input_scale is not None:
             self._input_scale = input_global_scale(self._absmax)
@@ -173,20 +194,20 @@ class _Group:
         quantized = self._solve(weight, second)
         error = relative_output_error(weight, quantized.dequantize(), second)
         self._moments = None
-        for name, part in zip(self.names, quantized.split([w.out_features for w in self._linears]), strict=True):
+        rows = [linear.out_features for linear in self._linears.values()]
+        for name, part in zip(self.names, quantized.split(rows), strict=True):
             self._take(name, part)
         return error
 
     def _take(self, name: str, weight: FP4Weight) -> None:
-        linear = self._linears[self.names.index(name)]
-        layer = new_layer(linear, self._config, self.hadamard_size, static_input_scale=self._has_input_scale)
-        input_scale = self._input_scale.clone() if self._has_input_scale else None
+        linear = self._linears[name]
+        input_scale = None
+        if self._input_scale is not None and self._rule is not None:
+            input_scale = self._input_scale.clone()
+        static = input_scale is not None
+        layer = new_layer(linear, self._config, self.hadamard_size, static_input_scale=static)
         layer.set_weight(weight, linear.bias, input_scale)
         self._install(name, layer)
-
-    @property
-    def _has_input_scale(self) -> bool:
-        return self._format.has_global_scale and self._config.activations == "fp4"
 
     def restore(self, layers: dict[str, FP4Linear]) -> None:
         """Take over layers that an earlier run solved."""
@@ -196,18 +217,22 @@ class _Group:
         self._input_scale = layers[self.names[0]].input_global_scale
 
     def _install(self, name: str, layer: FP4Linear) -> None:
-        dtype = compute_dtype(self._linears[0].weight.dtype)
-        self._dequantized[name] = dequantize_blocks(layer.weight, layer.weight_scale, self._format, dtype)
+        self._dequantized[name] = dequantize_blocks(
+            layer.weight, layer.weight_scale, self._format, self._dtype
+        )
         self.solved[name] = layer
 
     def simulated(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """Per linear a function that computes what its FP4Linear will, on weights that are unpacked once per block."""
-        return {name: lambda x, name=name: self._forward(name, x) for name in self.names}
+        return {name: partial(self._forward, name) for name in self.names}
 
     def _forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
         layer = self.solved[name]
         if self._memo is None or self._memo[0] is not x:
-            self._memo = x, quantize_input(x, self._format, self._rule, self.hadamard_size, layer.input_global_scale)
+            self._memo = (
+                x,
+                quantize_input(x, self._format, self._rule, self.hadamard_size, layer.input_global_scale),
+            )
         values, divisor = self._memo[1]
         y = matmul(values, divisor, self._dequantized[name], layer.weight_global_scale, layer.bias)
         return y.to(x.dtype)
@@ -253,15 +278,15 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     blocks = find_blocks(model)
     selection = select_linears(model, config.fp4_format, config.modules_to_not_convert)
     for name in selection.selected:
+        linear = linear_at(model, name)
         if isinstance(config.hadamard_group_size, int):
-            require_divisor(config.hadamard_group_size, model.get_submodule(name).in_features, name)
-        require_finite(model.get_submodule(name).weight, f"the weight of {name}")
+            require_divisor(config.hadamard_group_size, linear.in_features, name)
+        require_finite(linear.weight, f"the weight of {name}")
     plans = probe(model, blocks, data.batches[0][:1, :PROBE_TOKENS])
     groups, skipped = _plan_groups(blocks, plans, selection.selected, selection.skipped)
     work = _open_work_dir(model, config, data)
-    two_streams = config.method != "rtn" and config.error_correction > 0
     batches = [
-        _Batch(inputs.hidden, inputs.hidden if two_streams else None, inputs.calls)
+        _Batch(inputs.hidden, inputs.hidden if config.uses_original_stream else None, inputs.calls)
         for inputs in capture_block_inputs(model, blocks, plans, data.batches)
     ]
     reports: list[LayerReport] = []
@@ -281,7 +306,9 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
 class _Block:
     """One decoder block while it is being quantized."""
 
-    def __init__(self, module: nn.Module, name: str, index: int, groups: list[list[str]], config: MRGPTQConfig):
+    def __init__(
+        self, module: nn.Module, name: str, index: int, groups: list[list[str]], config: MRGPTQConfig
+    ):
         self._module, self._name, self._index, self._config = module, name, index, config
         self._groups = [_Group(module, name, names, config) for names in groups]
         self._device = block_device(module)
@@ -291,7 +318,8 @@ class _Block:
         finished = work.load(self._index) if work else None
         if finished is not None:
             return self._restore(*finished)
-        reports, redirects = [], {}
+        reports: list[LayerReport] = []
+        redirects: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         for group in self._groups:
             start = time.perf_counter()
             for batch in batches:
@@ -299,7 +327,9 @@ class _Block:
             error = group.solve()
             redirects |= group.simulated()
             seconds = time.perf_counter() - start
-            reports += [LayerReport(f"{self._name}.{n}", group.hadamard_size, error, seconds) for n in group.names]
+            reports += [
+                LayerReport(f"{self._name}.{n}", group.hadamard_size, error, seconds) for n in group.names
+            ]
         if work:
             tensors = {f"{n}.{k}": t for n, layer in self._layers() for k, t in layer.state_dict().items()}
             work.save(self._index, tensors, {"reports": [asdict(r) for r in reports]})
@@ -339,7 +369,7 @@ class _Block:
             for name in group.names:
                 own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
                 layer = new_layer(
-                    self._module.get_submodule(name),
+                    linear_at(self._module, name),
                     self._config,
                     sizes[f"{self._name}.{name}"],
                     static_input_scale="input_global_scale" in own,
@@ -368,7 +398,9 @@ def _plan_groups(
     skipped |= dict.fromkeys(wanted, "it is outside the decoder blocks, so it is not calibrated")
     if not any(groups):
         reasons = "; ".join(sorted(set(skipped.values())))
-        raise ValueError(f"none of the decoder blocks' linears can be calibrated ({reasons}); use method=\"rtn\"")
+        raise ValueError(
+            f'none of the decoder blocks\' linears can be calibrated ({reasons}); use method="rtn"'
+        )
     return groups, skipped
 
 
@@ -376,5 +408,9 @@ def _open_work_dir(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     if config.work_dir is None:
         return None
     recipe = {k: v for k, v in config.to_dict().items() if k not in ("dataset", "modules", "calibration")}
-    identity = {"model": weights_fingerprint(model.named_parameters()), "config": recipe, "dataset": data.fingerprint}
+    identity: dict[str, object] = {
+        "model": weights_fingerprint(model.named_parameters()),
+        "config": recipe,
+        "dataset": data.fingerprint,
+    }
     return WorkDir(config.work_dir, identity)

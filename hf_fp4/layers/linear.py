@@ -31,6 +31,11 @@ class FP4Linear(nn.Module):
         dtype: dtype of the bias, and of `dequantize`.
     """
 
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_global_scale: torch.Tensor | None
+    input_global_scale: torch.Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -52,14 +57,18 @@ class FP4Linear(nn.Module):
                 f"in_features must be a multiple of {format.group_size} for {format.value}, got {in_features}"
             )
         groups = in_features // format.group_size
-        empty = {"device": device}
-        self.register_buffer("weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8, **empty))
-        self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=format.scale_dtype, **empty))
-        one = torch.empty(1, dtype=torch.float32, **empty)
-        self.register_buffer("weight_global_scale", one if format.has_global_scale else None)
-        self.register_buffer("input_global_scale", torch.empty_like(one) if static_input_scale else None)
-        bias_value = torch.empty(out_features, dtype=dtype, **empty) if bias else None
-        self.bias = nn.Parameter(bias_value, requires_grad=False) if bias_value is not None else None
+
+        def empty(*shape: int, dtype: torch.dtype | None) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        def divisor(present: bool) -> torch.Tensor | None:
+            return empty(1, dtype=torch.float32) if present else None
+
+        self.register_buffer("weight", empty(out_features, in_features // 2, dtype=torch.uint8))
+        self.register_buffer("weight_scale", empty(out_features, groups, dtype=format.scale_dtype))
+        self.register_buffer("weight_global_scale", divisor(format.has_global_scale))
+        self.register_buffer("input_global_scale", divisor(static_input_scale))
+        self.bias = nn.Parameter(empty(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @property
     def global_scales(self) -> dict[str, torch.Tensor]:
@@ -67,7 +76,9 @@ class FP4Linear(nn.Module):
         names = ("weight_global_scale", "input_global_scale")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def set_weight(self, weight: FP4Weight, bias: torch.Tensor | None, input_global_scale: torch.Tensor | None) -> None:
+    def set_weight(
+        self, weight: FP4Weight, bias: torch.Tensor | None, input_global_scale: torch.Tensor | None
+    ) -> None:
         """Take over a solved weight, and the bias and input scale that go with it."""
         self.weight, self.weight_scale = weight.packed, weight.scale
         self.weight_global_scale = weight.global_scale
@@ -77,7 +88,9 @@ class FP4Linear(nn.Module):
 
     def check(self, name: str) -> None:
         """Raise ValueError if a scale is misshapen, zero, negative or non-finite; ``name`` is used in the message."""
-        ops.check_linear(name, self.weight, self.weight_scale, self.global_scales, self.format, self.hadamard_size)
+        ops.check_linear(
+            name, self.weight, self.weight_scale, self.global_scales, self.format, self.hadamard_size
+        )
 
     def _apply(self, fn, recurse: bool = True):
         """`model.to(dtype)` and `.half()` move the packed weight and its scales, and cast only the bias."""
@@ -85,7 +98,9 @@ class FP4Linear(nn.Module):
 
         def apply(tensor: torch.Tensor) -> torch.Tensor:
             changed = fn(tensor)
-            return tensor.to(changed.device) if id(tensor) in kept and changed.dtype != tensor.dtype else changed
+            return (
+                tensor.to(changed.device) if id(tensor) in kept and changed.dtype != tensor.dtype else changed
+            )
 
         return super()._apply(apply, recurse)
 

@@ -81,16 +81,22 @@ def select_linears(
     return Selection(selected, skipped)
 
 
+def linear_at(model: nn.Module, name: str) -> nn.Linear:
+    """The linear with this full name; ValueError if there is something else."""
+    linear = model.get_submodule(name)
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(
+            f"expected an nn.Linear at {name}, got {type(linear).__name__}; was it converted before?"
+        )
+    return linear
+
+
 def replace_linears(
     model: nn.Module, factory: Callable[[str, nn.Linear], nn.Module], names: Iterable[str]
 ) -> None:
     """Set `factory(name, linear)` in the place of each named linear; it inherits the linear's training flag."""
     for name in names:
-        linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(
-                f"expected an nn.Linear at {name}, got {type(linear).__name__}; was it converted before?"
-            )
+        linear = linear_at(model, name)
         model.set_submodule(name, factory(name, linear).train(linear.training))
 
 
