@@ -31,6 +31,9 @@ from .scales import fused_partners, weight_global_scale, weight_scales
 
 logger = logging.get_logger(__name__)
 
+_MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+"""Files that a model is loaded from; adapters, and weights saved as a variant, have other names."""
+
 register_quantization_config(QUANT_METHOD)(MRGPTQConfig)
 
 
@@ -86,11 +89,11 @@ class MRGPTQHfQuantizer(HfQuantizer):
                     "model once without quantization_config and save_pretrained() it"
                 )
         config = self.quantization_config
-        if not self.pre_quantized:
-            _refuse_quantized(checkpoint_files)
         if self.pre_quantized:
             self._insert_layers(model)
-        elif not config.needs_calibration:
+            return
+        _refuse_quantized(checkpoint_files or [])
+        if not config.needs_calibration:
             selection = select_linears(model, config.fp4_format, config.modules_to_not_convert)
             self.skipped = selection.skipped
             self._on_load = _QuantizeOnLoad(model, selection.selected, config)
@@ -275,6 +278,20 @@ class _QuantizeOnLoad(ConversionOps):
             raise ValueError(f"the checkpoint has no weight for {absent[0]} (and {len(absent) - 1} more)")
 
 
+def _refuse_quantized(checkpoint_files: list[str]) -> None:
+    """Refuse a checkpoint that a method unknown to transformers quantized: transformers would read it as if it were not."""
+    for directory in {Path(file).parent for file in checkpoint_files}:
+        file = directory / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+        if found is not None:
+            raise ValueError(
+                f"the checkpoint is quantized already (quant_method {found.get('quant_method')!r} in its config.json); "
+                "quantize the original model, or load this one without quantization_config"
+            )
+
+
 def _check_layers(model: PreTrainedModel) -> None:
     """Refuse a model in which a tensor of an FP4 layer was never read, or holds what no quantizer writes."""
     for name, module in model.named_modules():
@@ -329,11 +346,10 @@ def _publish(staging: Path, target: Path) -> None:
     files = sorted(
         staging.iterdir(), key=lambda f: (f.name == "config.json", f.suffix != ".safetensors", f.name)
     )
-    wrote_weights = any(f.suffix == ".safetensors" for f in files)
-    names = {f.name for f in files}
     for file in files:
         os.replace(file, target / file.name)
-    if wrote_weights:
-        for old in (*target.glob("model*.safetensors"), target / "model.safetensors.index.json"):
-            if old.name not in names:
-                old.unlink(missing_ok=True)
+    names = {file.name for file in files}
+    if any(_MODEL_WEIGHTS.fullmatch(name) for name in names):
+        for old in target.iterdir():
+            if _MODEL_WEIGHTS.fullmatch(old.name) and old.name not in names:
+                old.unlink()

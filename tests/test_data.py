@@ -8,12 +8,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from model_zoo import VOCAB, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from hf_fp4.calibration import data
-from hf_fp4.calibration.data import builtin_batches, calibration_batches
+from hf_fp4.calibration.data import calibration_batches
 from hf_fp4.config import DEFAULT_DATASET
 
 WORDS = 60_000
@@ -418,176 +417,13 @@ def no_vocabulary():
     return make_tokenizer(words=0, unknown="<bos>")
 
 
-def test_a_made_up_tokenizer_is_none(model):
+def test_a_made_up_tokenizer_is_none():
     with pytest.raises(
         ValueError, match=r"needs a tokenizer, got one of 2 special tokens only \(is the model"
     ):
         batches(["w1"], no_vocabulary())
-    assert builtin(model, no_vocabulary()).fingerprint == builtin(model).fingerprint
 
 
 def test_no_room_beside_bos(bos_tokenizer):
     with pytest.raises(ValueError, match="more than the 1 tokens that the tokenizer begins with, got 1"):
         batches([words(0, 9)], bos_tokenizer, n=1, length=1)
-
-
-# --- "builtin"
-
-
-def builtin(model, tokenizer=None, *, n=6, length=20, seed=0, **changes):
-    sizes = {"num_samples": n, "sequence_length": length, "batch_size": 4, "seed": seed, "vocab_size": VOCAB}
-    return builtin_batches(model, tokenizer, **(sizes | changes))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("llama")
-
-
-def small_tokenizer(adds_bos=False):
-    return make_tokenizer(words=200, adds_bos=adds_bos)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "opt", "bloom"])
-def test_the_model_writes_without_a_tokenizer(family):
-    model = tiny_model(family)
-    torch.manual_seed(1)
-    state = torch.random.get_rng_state()
-    before = model.generation_config.to_dict()
-    first, again, other = builtin(model), builtin(model), builtin(model, seed=1)
-    assert [tuple(batch.shape) for batch in first.batches] == [(4, 20), (2, 20)]
-    assert first.fingerprint == again.fingerprint != other.fingerprint
-    assert "the model wrote itself" in first.description
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert model.generation_config.to_dict() == before
-
-
-def test_builtin_is_a_dataset(model):
-    sizes = {"num_samples": 6, "sequence_length": 20, "batch_size": 4, "seed": 0, "vocab_size": VOCAB}
-    result = calibration_batches("builtin", None, model=model, max_length=128, **sizes)
-    assert result.fingerprint == builtin(model).fingerprint
-
-
-def test_generation_settings_and_mode_of_the_model_are_ignored_and_kept(model):
-    expected = builtin(model).fingerprint
-    model.generation_config.eos_token_id = list(range(VOCAB))  # would stop at once
-    model.generation_config.repetition_penalty = 5.0
-    model.train()
-    try:
-        assert builtin(model).fingerprint == expected
-        assert model.training and model.generation_config.repetition_penalty == 5.0
-    finally:
-        model.eval()
-        model.generation_config = type(model.generation_config)()
-
-
-def test_pieces_are_packed_and_only_a_row_begins_with_bos(model, monkeypatch):
-    monkeypatch.setattr(data, "_SAMPLED", data._Sampling(max_tokens=16))
-    tokenizer = small_tokenizer(adds_bos=True)
-    banned_bos = torch.cat(builtin(model, tokenizer, n=5, length=50).batches)
-    assert banned_bos.shape == (5, 50)
-    assert (banned_bos[:, 0] == 200).all()
-    assert (banned_bos < 202).all()  # ids that the tokenizer does not have are never drawn
-
-
-def test_what_a_piece_depends_on(model):
-    """Not on how many are sampled at once: the uniform numbers are given."""
-    request = data._Request(7, 12, 7, 0, VOCAB)
-    together, apart = (
-        data._SelfWriter(model, None, request, data._Sampling(pieces=pieces)).rows() for pieces in (64, 2)
-    )
-    assert torch.equal(together, apart)
-
-
-@pytest.mark.parametrize("start", ["random", "document", "opening"])
-def test_starts(start, model, monkeypatch):
-    monkeypatch.setattr(data, "_OPENINGS", "w5 w6 w7 / w8 w9")
-    tokenizer = small_tokenizer()
-    writer = data._SelfWriter(
-        model, tokenizer, data._Request(8, 12, 8, 0, VOCAB), data._Sampling(start=start)
-    )
-    result = writer.rows()
-    if start == "document":
-        assert (result[:, 0] == 200).all()
-    elif start == "opening":
-        assert {tuple(row[:2].tolist()) for row in result} == {(5, 6), (8, 9)}
-        assert all(row[2] == 7 for row in result if row[0] == 5)
-    else:
-        assert (result[:, 0] < 200).all() and len(set(result[:, 0].tolist())) > 4
-
-
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.5, 0), (1.0, 2)])
-def test_tokens_are_drawn_from_the_models_distribution(temperature, top_k):
-    logits = torch.tensor([1.0, -1.0, 2.0, 0.5, 9.0, 7.0])
-    banned = torch.tensor([False, False, False, False, True])  # 4 is banned, 5 beyond the vocabulary
-    n = 20_000
-    uniform = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5).div(n).expand(-1, 2)
-
-    class Progress:
-        def update(self, count):
-            pass
-
-    plan = data._Sampling(temperature=temperature, top_k=top_k)
-    sampler = data._InverseCDF(uniform, torch.full((n, 2), -1), banned, plan, Progress())
-    scores = sampler(torch.zeros(n, 1, dtype=torch.int64), logits.expand(n, -1))
-    assert ((scores == 0).sum(-1) == 1).all() and ((scores == -torch.inf).sum(-1) == 5).all()
-    drawn = np.bincount(scores.argmax(-1).numpy(), minlength=6) / n
-    expected = np.exp(logits.double().numpy()[:4] / temperature)
-    if top_k:
-        expected[[1, 3]] = 0
-    np.testing.assert_allclose(drawn, [*(expected / expected.sum()), 0, 0], atol=1e-4)
-
-
-def test_out_of_memory_halves_the_pieces(model, monkeypatch):
-    expected = builtin(model).fingerprint
-    real, sizes = data._SelfWriter._generate, []
-
-    def generate(self, heads, length, sampler):
-        sizes.append(len(heads))
-        if len(heads) > 2:
-            raise torch.OutOfMemoryError("no room")
-        return real(self, heads, length, sampler)
-
-    monkeypatch.setattr(data, "_SAMPLED", data._Sampling(pieces=8))
-    monkeypatch.setattr(data._SelfWriter, "_generate", generate)
-    assert builtin(model).fingerprint == expected
-    assert sizes == [6, 4, 2, 2, 2]
-
-
-def test_image_placeholders_are_never_drawn(model):
-    model.config.image_token_id = 17
-    try:
-        banned = data._SelfWriter(model, None, data._Request(1, 8, 1, 0, VOCAB), data._Sampling())._banned()
-    finally:
-        del model.config.image_token_id
-    assert banned.nonzero().flatten().tolist() == [17]
-
-
-def test_the_library_is_enough_text_for_the_default_size():
-    texts = data._library_texts()
-    assert sum(map(len, texts)) > 128 * 2048 * 4
-    assert all(len(text) <= data._FRAGMENT_CHARS for text in texts)
-
-
-def test_a_model_that_cannot_generate_is_calibrated_on_the_library(model, caplog, monkeypatch):
-    encoder = AutoModel.from_config(model.config)
-    monkeypatch.setattr(data, "_library_texts", lambda: [words(0, 200)])
-    monkeypatch.setattr(data.logger, "propagate", True)
-    result = builtin(encoder, small_tokenizer())
-    assert "cannot generate text" in caplog.text
-    assert "documentation of the Python library" in result.description
-    assert torch.cat(result.batches).shape == (6, 20)
-    with pytest.raises(ValueError, match="needs a causal LM or a tokenizer, got LlamaModel"):
-        builtin(encoder)
-
-
-def test_builtin_errors(model):
-    with pytest.raises(ValueError, match='dataset="builtin" is text that the model writes, got model=None'):
-        builtin(None)
-    with pytest.raises(ValueError, match=r"token ids must be in \[0, 256\), .* tokenizer that belongs"):
-        builtin(model, make_tokenizer(words=5000, adds_bos=True))
-    broken = tiny_model("llama")
-    with torch.no_grad():
-        broken.model.norm.weight[0] = torch.nan
-    with pytest.raises(RuntimeError, match="the model's logits must be finite to write calibration text"):
-        builtin(broken)

@@ -50,6 +50,7 @@ class BlockPlan:
 
     @property
     def output_is_tuple(self) -> bool:
+        """Whether the block returns a tuple, whose first element is the hidden states."""
         return self.output_length is not None
 
 

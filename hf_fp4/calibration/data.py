@@ -2,18 +2,14 @@
 
 The way through: `_open` turns the argument into a `_Source` of records (texts, chats or token ids),
 `_text_windows` or `_token_windows` cuts them into candidate sequences, `_choose` picks `num_samples` of them
-by seed, `_package` checks and batches the result. `builtin_batches` needs no dataset: the model writes it.
+by seed, `_package` checks and batches the result. For "builtin", see builtin.py: the model writes its own text.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib
-import itertools
 import json
 import re
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +17,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .builtin import check_ids, write_text
+from .builtin import sequence_prefix as sequence_prefix  # read from here by evaluate.py
 
 BUILTIN = "builtin"
 
@@ -118,7 +113,7 @@ def calibration_batches(
               as they are, without BOS or EOS; items of `sequence_length` or more are cut from their start,
               shorter ones are joined;
             - a local file: .txt (one document), .jsonl (a string or a row on each line) or .parquet;
-            - `"builtin"`, see `builtin_batches`.
+            - `"builtin"`: text that the model writes itself, see `write_text` in builtin.py.
         tokenizer: a transformers tokenizer; may be None for token ids.
         vocab_size: of the model; every id must be below it.
         max_length: the model's max_position_embeddings, if it has one.
@@ -126,8 +121,9 @@ def calibration_batches(
 
     Raises:
         ValueError: a bad size, an unknown kind of dataset, an empty or too short one, no tokenizer for text,
-            ids that the model does not have, columns that leave open which one is the text.
-        RuntimeError: a Hub dataset that cannot be read.
+            ids that the model does not have, columns that leave open which one is the text; "builtin" with
+            no model or one that cannot generate.
+        RuntimeError: a Hub dataset that cannot be read; "builtin" with a model whose logits are not finite.
     """
     request = _Request(num_samples, sequence_length, batch_size, seed, vocab_size)
     if max_length is not None and sequence_length > max_length:
@@ -136,7 +132,9 @@ def calibration_batches(
             f"{sequence_length}; lower sequence_length"
         )
     if isinstance(dataset, str) and dataset == BUILTIN:
-        return _builtin(model, tokenizer, request, _SAMPLED)
+        known = tokenizer if has_vocabulary(tokenizer) else None
+        rows = write_text(model, known, num_samples, sequence_length, seed, vocab_size)
+        return _package(rows, f'dataset "{BUILTIN}" (text that the model wrote itself)', request)
     source = _open(dataset, seed)
     if source.kind == "tokens":
         candidates = _token_windows(source, request)
@@ -148,31 +146,6 @@ def calibration_batches(
             )
         candidates = _text_windows(source, tokenizer, request)
     return _package(_choose(candidates, request), source.description, request)
-
-
-def builtin_batches(
-    model: Any,
-    tokenizer: Any = None,
-    *,
-    num_samples: int,
-    sequence_length: int,
-    batch_size: int,
-    seed: int,
-    vocab_size: int,
-) -> CalibrationData:
-    """`dataset="builtin"`: calibration data that needs no dataset and no network.
-
-    The model writes it: pieces of at most 512 tokens, sampled from its own distribution (the idea of LLM-QAT,
-    arXiv 2305.17888) and packed to `sequence_length`. Without a tokenizer they begin with random tokens. A
-    model that cannot generate is calibrated on the Python library's documentation instead, which is
-    narrower; a warning and the description say so.
-
-    Raises:
-        ValueError: no model, or one that cannot generate and no tokenizer to read the documentation with.
-        RuntimeError: the model's logits are not finite.
-    """
-    request = _Request(num_samples, sequence_length, batch_size, seed, vocab_size)
-    return _builtin(model, tokenizer, request, _SAMPLED)
 
 
 # --- what a tokenizer puts around text --------------------------------------------------------------------
@@ -188,16 +161,6 @@ def describe_missing(tokenizer: Any) -> str:
     if tokenizer is None:
         return "tokenizer=None"
     return f"one of {len(tokenizer)} special tokens only (is the model without tokenizer files?)"
-
-
-def sequence_prefix(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before a text: `[BOS]`, nothing, or more (GLM puts two)."""
-    whole = list(tokenizer("a")["input_ids"])
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    if not bare:
-        return whole[:1] if whole and whole[0] == tokenizer.bos_token_id else []
-    starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
-    return whole[: starts[0]] if starts else []
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any) -> Tensor:
@@ -558,250 +521,8 @@ def _choose(candidates: Tensor, request: _Request) -> Tensor:
 
 
 def _package(rows: Tensor, source: str, request: _Request) -> CalibrationData:
-    _check_ids(rows, request)
+    check_ids(rows, request.vocab_size)
     digest = hashlib.sha256(repr(list(rows.shape)).encode())
     digest.update(rows.contiguous().numpy().astype("<i8").tobytes())
     description = f"{source}: {rows.shape[0]} sequences of {rows.shape[1]} tokens, seed {request.seed}"
     return CalibrationData(list(rows.split(request.batch_size)), digest.hexdigest(), description)
-
-
-def _check_ids(ids: Tensor, request: _Request) -> None:
-    for extreme in (int(ids.min()), int(ids.max())):
-        if not 0 <= extreme < request.vocab_size:
-            raise ValueError(
-                f"token ids must be in [0, {request.vocab_size}), the model's vocabulary, got {extreme}; use "
-                "the tokenizer that belongs to the model"
-            )
-
-
-# --- "builtin" --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Sampling:
-    """How the model writes its own calibration text.
-
-    Attributes:
-        start: what a piece begins with after the tokenizer's prefix. `"random"`: a random token;
-            `"document"`: nothing, or BOS or EOS where there is no prefix, so that the model chooses the
-            subject (a chat, for many chat models); `"opening"`: one of `_OPENINGS`; `"mixed"`: these in turn.
-        temperature, top_k: of the sampling; top_k 0 is no limit.
-        max_tokens: of one piece. Attention to a long past costs more and adds little to second moments.
-        pieces: how many are sampled at once. Fixed, since it can change roundings and with them the text.
-    """
-
-    start: Literal["random", "document", "opening", "mixed"] = "mixed"
-    temperature: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 512
-    pieces: int = 64
-
-
-_SAMPLED = _Sampling()
-_OPENINGS = (
-    "The history of the city begins / In the early twentieth century, many / "
-    "The species is found in forests / She was born in a small / According to a report published on / "
-    "The government announced on Tuesday that / Police said that the two men / "
-    "The team won the championship after / Shares of the company fell by / "
-    "Researchers at the university have found / The experiment shows that the energy / "
-    "In mathematics, a group is defined / Let x be a real number / To solve the equation, we first / "
-    "The function returns a list of / import numpy as np / def main(argc, argv): / "
-    "#include <stdio.h> int main / SELECT name, count(*) FROM orders / <!DOCTYPE html><html><head> / "
-    '{"id": 1, "name": " / Preheat the oven to 180 degrees / To install the software, open the / '
-    "Step 1: Remove the cover from / Once upon a time, there was / He looked at her and said / "
-    '"I don\'t know what you mean," / The old house stood at the / It was a cold morning when / '
-    "Dear Sir or Madam, I am / Thank you for your letter of / I bought this product last month / "
-    "This film is one of the / The patient was admitted to hospital / "
-    "Symptoms of the disease include fever / The court held that the defendant / "
-    "Under the terms of this agreement / The best way to learn a / Question: What is the capital of / "
-    "Q: How do I change the / User: Can you explain to me / Here are five tips for better / "
-    "In this lesson, students will learn / The purpose of this study was / "
-    "The climate of the region is / During the war, the army was / The river flows through the valley / "
-    "The album was released in 1998 / The president of the United States / In the second half of the / "
-    "Many people believe that the world / The theory of evolution explains how / "
-    "| Year | Name | Result | / The price of oil rose to / Children should be encouraged to read / "
-    "On the other hand, it is / La ville est située dans le / Die Geschichte der Stadt beginnt im / "
-    "El gobierno anunció que la empresa / В начале двадцатого века в городе / "
-    "这座城市的历史可以追溯到 / "
-    "この町の歴史は古く、多くの"
-)
-
-
-def _builtin(model: Any, tokenizer: Any, request: _Request, plan: _Sampling) -> CalibrationData:
-    if model is None:
-        raise ValueError(f'dataset="{BUILTIN}" is text that the model writes, got model=None; pass the model')
-    tokenizer = tokenizer if has_vocabulary(tokenizer) else None
-    if model.can_generate() and not model.config.is_encoder_decoder:
-        rows = _SelfWriter(model, tokenizer, request, plan).rows()
-        return _package(rows, f'dataset "{BUILTIN}" (text that the model wrote itself)', request)
-    if tokenizer is None:
-        raise ValueError(
-            f'dataset="{BUILTIN}" needs a causal LM or a tokenizer, got {type(model).__name__}, which cannot '
-            "generate, and no tokenizer; pass tokenizer=..."
-        )
-    logger.warning(
-        f'{type(model).__name__} cannot generate text, so dataset="{BUILTIN}" is the documentation of the '
-        "Python library, narrow text that costs accuracy; pass text of the kind that the model will see"
-    )
-    return _library_batches(tokenizer, request)
-
-
-def _library_batches(tokenizer: Any, request: _Request) -> CalibrationData:
-    source = _Source(_library_texts(), "text", f'dataset "{BUILTIN}" (documentation of the Python library)')
-    candidates = _text_windows(source, tokenizer, request)
-    return _package(_choose(candidates, request), source.description, request)
-
-
-def _library_texts() -> list[str]:
-    """The language reference that `help()` shows, and the library's docstrings, read without importing."""
-    topics = importlib.import_module("pydoc_data.topics").topics
-    texts = [topics[name] for name in sorted(topics)]
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        module = ast.parse(path.read_text(encoding="utf-8"))
-        nodes = [n for n in ast.walk(module) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-        texts.append("\n\n".join(filter(None, map(ast.get_docstring, nodes))))
-    return [fragment for text in texts if text for fragment in _fragments(text)]
-
-
-@dataclass(frozen=True)
-class _SelfWriter:
-    model: Any
-    tokenizer: Any
-    request: _Request
-    plan: _Sampling
-
-    def rows(self) -> Tensor:
-        """int64 [num_samples, sequence_length]: equal pieces; only the first of a row keeps the prefix."""
-        samples, total = self.request.num_samples, self.request.sequence_length
-        per_row = -(-total // self.plan.max_tokens)
-        length = -(-total // per_row)
-        prefix = self._prefix()
-        rng = self.request.generator()
-        starts = self._starts(prefix, samples * per_row, rng)
-        pieces = self._write(starts, length + (len(prefix) if per_row > 1 else 0), rng)
-        pieces = pieces.view(samples, per_row, -1)
-        first, later = pieces[:, 0, :length], pieces[:, 1:, len(prefix) : len(prefix) + length]
-        return torch.cat((first, later.flatten(1)), dim=1)[:, :total].contiguous()
-
-    def _prefix(self) -> list[int]:
-        if self.tokenizer is not None:
-            return sequence_prefix(self.tokenizer)
-        bos = self.model.config.get_text_config().bos_token_id
-        return [] if bos is None else [bos]
-
-    def _starts(self, prefix: list[int], count: int, rng: torch.Generator) -> list[list[int]]:
-        """The ids that each piece begins with: the prefix, and what `plan.start` says."""
-        usable = ~self._banned()
-        openings: list[list[int]] = []
-        special = self.model.config.get_text_config() if self.tokenizer is None else self.tokenizer
-        separator = special.eos_token_id if special.bos_token_id is None else special.bos_token_id
-        if self.tokenizer is not None:
-            usable[[i for i in self.tokenizer.all_special_ids if i < len(usable)]] = False
-            openings = self.tokenizer(_OPENINGS.split(" / "), add_special_tokens=False)["input_ids"]
-        words = usable.nonzero()
-        separator = separator if isinstance(separator, list) else [] if separator is None else [separator]
-        kinds: dict[str, list[list[int]]] = {
-            "random": words[torch.randint(len(words), (count,), generator=rng)].tolist(),
-            "document": [[]] if prefix else [[token] for token in separator[:1]],
-            "opening": [openings[i] for i in torch.randperm(len(openings), generator=rng).tolist()],
-        }
-        wanted = list(kinds) if self.plan.start == "mixed" else [self.plan.start]
-        cycles = [itertools.cycle(kinds[kind]) for kind in wanted if kinds[kind]]
-        if not cycles:
-            raise ValueError(f"pieces that start with {self.plan.start!r} need a tokenizer or special tokens")
-        turns = itertools.islice(itertools.cycle(cycles), count)
-        starts = [prefix + next(cycle) for cycle in turns]
-        return [starts[i] for i in torch.randperm(count, generator=rng).tolist()]
-
-    def _banned(self) -> Tensor:
-        """bool [vocab_size]: ids without text, and placeholders that stand for images or sound."""
-        banned = torch.zeros(self.request.vocab_size, dtype=torch.bool)
-        if self.tokenizer is not None:
-            banned[len(self.tokenizer) :] = True
-        placeholder = re.compile(r"(image|video|vision|audio|speech).*_token_(id|index)$")
-        for name, value in self.model.config.to_dict().items():
-            if placeholder.search(name) and type(value) is int:
-                banned[value : value + 1] = True
-        return banned
-
-    def _write(self, starts: list[list[int]], length: int, rng: torch.Generator) -> Tensor:
-        """int64 [len(starts), length]: continues each start, `plan.pieces` at a time or as many as fit."""
-        uniform = torch.rand(len(starts), length, generator=rng, dtype=torch.float64)
-        forced = torch.full((len(starts), length), -1)
-        for row, start in zip(forced, starts, strict=True):
-            row[: len(start)] = torch.tensor(start[:length])
-        _check_ids(forced.clamp(min=0), self.request)
-        banned, size = self._banned(), self.plan.pieces
-        pieces = torch.empty(0, length, dtype=torch.int64)
-        with logging.tqdm(total=forced.numel(), desc="Writing calibration text", unit="token") as progress:
-            while (done := len(pieces)) < len(starts):
-                some = slice(done, done + size)
-                sampler = _InverseCDF(uniform[some], forced[some], banned, self.plan, progress)
-                try:
-                    pieces = torch.cat((pieces, self._generate(forced[some, :1], length, sampler)))
-                except torch.OutOfMemoryError:
-                    if size == 1:
-                        raise
-                    size //= 2
-        return pieces
-
-    def _generate(self, heads: Tensor, length: int, sampler: _InverseCDF) -> Tensor:
-        """Continues int64 `heads` [n, 1] to [n, length], with none of the model's own generation settings.
-
-        Generation does not stop at EOS: the model then begins something else, as in packed training text.
-        """
-        model = self.model
-        if length == 1:
-            return heads
-        device = model.get_input_embeddings().weight.device
-        kept, training = model.generation_config, model.training
-        settings = GenerationConfig(do_sample=False, max_new_tokens=length - 1, use_cache=True)
-        model.generation_config = GenerationConfig()
-        model.eval()
-        try:
-            ids = model.generate(
-                heads.to(device),
-                attention_mask=torch.ones_like(heads, device=device),
-                generation_config=settings,
-                logits_processor=[sampler],
-            )
-        finally:
-            model.generation_config = kept
-            model.train(training)
-        return ids.to("cpu")
-
-
-class _InverseCDF(LogitsProcessor):
-    """Samples by inverting the cumulative distribution, then leaves only that token for greedy search.
-
-    The uniform numbers are given, so no global random state is read or changed, and a piece does not depend
-    on the pieces beside it. Probabilities are summed as integer multiples of 2^-40: exact in any order.
-    """
-
-    def __init__(
-        self, uniform: Tensor, forced: Tensor, banned: Tensor, plan: _Sampling, progress: Any
-    ) -> None:
-        self._uniform = uniform  # float64 [pieces, length], in [0, 1)
-        self._forced = forced  # int64 [pieces, length], -1 where the model is free
-        self._banned = banned  # bool [vocab_size]
-        self._plan = plan
-        self._progress = progress
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position = input_ids.shape[1]
-        logits = scores[:, : len(self._banned)].float()
-        if not bool(torch.isfinite(logits).all()):
-            raise RuntimeError(
-                "the model's logits must be finite to write calibration text, got NaN or inf; check its "
-                "weights and dtype, or pass a dataset instead"
-            )
-        logits = logits.masked_fill(self._banned[: logits.shape[1]].to(logits.device), -torch.inf)
-        if self._plan.top_k:
-            last = logits.topk(min(self._plan.top_k, logits.shape[1])).values[:, -1:]
-            logits = logits.masked_fill(logits < last, -torch.inf)
-        cdf = ((logits / self._plan.temperature).softmax(-1) * 2.0**40).to(torch.int64).cumsum(-1)
-        drawn = self._uniform[:, position].to(cdf.device) * cdf[:, -1]
-        token = torch.searchsorted(cdf, drawn.to(torch.int64).unsqueeze(1), right=True)
-        forced = self._forced[:, position, None].to(token.device)
-        self._progress.update(len(token))
-        return torch.full_like(scores, -torch.inf).scatter(1, torch.where(forced < 0, token, forced), 0.0)
