@@ -226,7 +226,7 @@ class _QuantizeOnLoad(ConversionOps):
     def _size(self, name: str, in_features: int) -> int | None:
         size = self._config.hadamard_group_size
         if size == "auto":
-            return largest_size(in_features)
+            return largest_size(in_features) if self._config.rotates_without_data else None
         if isinstance(size, int):
             require_divisor(size, in_features, name)
             return size

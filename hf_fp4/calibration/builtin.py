@@ -1,8 +1,8 @@
-"""`dataset="builtin"`: calibration text that the model writes itself, without a dataset and without a network.
+"""`dataset="builtin"`: calibration text that the model writes itself, without dataset and network.
 
-The idea is LLM-QAT's (arXiv 2305.17888): each piece starts with a random token and continues with what the model
-samples from its own distribution, at temperature 1 and from the whole vocabulary. `_starts` makes the beginnings,
-`_write` continues them with `_InverseCDF`, `write_text` packs the pieces into sequences.
+The idea is LLM-QAT's (arXiv 2305.17888): each piece starts with a random token and continues with what the
+model samples from its own distribution, at temperature 1 and from the whole vocabulary. `_starts` makes the
+beginnings, `_write` continues them with `_InverseCDF`, `write_text` packs the pieces into sequences.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def write_text(
 ) -> Tensor:
     """Lets `model` write token ids: int64 [num_samples, sequence_length] on the CPU.
 
-    A sequence is made of equal pieces of at most 512 tokens; only its first keeps the tokenizer's prefix (BOS).
-    The same arguments give the same ids. No global random state is read or changed, and the model's generation
-    settings are neither used nor changed.
+    A sequence is made of equal pieces of at most 512 tokens; only the first keeps the tokenizer's prefix.
+    The same arguments give the same ids. No global random state is read or changed, and the model's
+    generation settings are neither used nor changed.
 
     Args:
         model: a causal LM in memory.
@@ -129,7 +129,7 @@ def _write(model: Any, starts: Tensor, length: int, banned: Tensor, rng: torch.G
 
 
 def _generate(model: Any, starts: Tensor, sampler: _InverseCDF) -> Tensor:
-    """Continues int64 `starts` [n, s] by the sampler's tokens, with none of the model's own generation settings.
+    """Continues int64 `starts` [n, s] by the sampler's tokens, without the model's own settings.
 
     Generation does not stop at EOS: the model then begins something else, as in packed training text.
     """

@@ -2,7 +2,7 @@
 
 The way through: `_open` turns the argument into a `_Source` of records (texts, chats or token ids),
 `_text_windows` or `_token_windows` cuts them into candidate sequences, `_choose` picks `num_samples` of them
-by seed, `_package` checks and batches the result. For "builtin", see builtin.py: the model writes its own text.
+by seed, `_package` checks and batches the result. For `"builtin"`, builtin.py lets the model write.
 """
 
 from __future__ import annotations
@@ -18,8 +18,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .builtin import check_ids, write_text
-from .builtin import sequence_prefix as sequence_prefix  # read from here by evaluate.py
+from .builtin import check_ids, sequence_prefix, write_text
+
+__all__ = [
+    "CalibrationData",
+    "calibration_batches",
+    "describe_missing",
+    "has_vocabulary",
+    "sequence_prefix",
+    "tokenize",
+]
 
 BUILTIN = "builtin"
 

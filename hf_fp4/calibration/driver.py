@@ -408,6 +408,7 @@ def _open_work_dir(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     if config.work_dir is None:
         return None
     recipe = {k: v for k, v in config.to_dict().items() if k not in ("dataset", "modules", "calibration")}
+    recipe["batch_size"] = config.batch_size  # sums are rounded in its order
     identity: dict[str, object] = {
         "model": weights_fingerprint(model.named_parameters()),
         "config": recipe,
