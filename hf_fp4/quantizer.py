@@ -19,7 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from .calibration.capture import require_finite
+from .calibration.capture import find_blocks, require_finite
 from .calibration.data import calibration_batches
 from .calibration.driver import LayerReport, new_layer, quantize_model
 from .config import QUANT_METHOD, MRGPTQConfig
@@ -93,8 +93,10 @@ class MRGPTQHfQuantizer(HfQuantizer):
             self._insert_layers(model)
             return
         _refuse_quantized(checkpoint_files or [])
-        if not config.needs_calibration:
-            selection = select_linears(model, config.fp4_format, config.modules_to_not_convert)
+        selection = select_linears(model, config.fp4_format, config.modules_to_not_convert)
+        if config.needs_calibration:
+            find_blocks(model)  # what cannot be calibrated is refused before weights and text are read
+        else:
             self.skipped = selection.skipped
             self._on_load = _QuantizeOnLoad(model, selection.selected, config)
             config.modules = dict(self._on_load.sizes)

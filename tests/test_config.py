@@ -38,7 +38,10 @@ INVALID = {
         r"damp_percent must be between 0 and 1 \(0.01 to 0.1 is usual\), got ",
     ),
     "num_samples": ([0, -1, 1.5, 128.0, "128", None, True], r"num_samples must be a positive integer, got "),
-    "sequence_length": ([0, -1, 2048.0, "2k", None, True], r"sequence_length must be a positive integer, got "),
+    "sequence_length": (
+        [0, -1, 2048.0, "2k", None, True],
+        r"sequence_length must be a positive integer, got ",
+    ),
     "batch_size": ([0, -1, 0.5, "8", None, True], r"batch_size must be a positive integer, got "),
     "seed": ([0.5, "0", None, True], r"seed must be an integer, got "),
     "modules_to_not_convert": (
@@ -201,9 +204,7 @@ def test_tuples_of_names_are_lists():
 
 def test_unknown_fields_are_refused():
     written = {**MRGPTQConfig().to_dict(), "rotation": "learned", "version": 2}
-    with pytest.raises(
-        ValueError, match=r"unknown fields \['rotation', 'version'\].*pip install -U hf-fp4"
-    ):
+    with pytest.raises(ValueError, match=r"unknown fields \['rotation', 'version'\].*pip install -U hf-fp4"):
         MRGPTQConfig.from_dict(written)
 
 
