@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ logger = logging.get_logger(__name__)
 
 _MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 """Files that a model is loaded from; adapters, and weights saved as a variant, have other names."""
+
+_ROUNDED_AT_ONCE = {"cpu": 1 << 16}
+"""Values of a weight that are rounded together; on a CPU few, which keeps them in its cache and its heap in one piece."""
+
+_ROUNDED_AT_ONCE_ELSEWHERE = 1 << 24
 
 register_quantization_config(QUANT_METHOD)(MRGPTQConfig)
 
@@ -252,24 +258,32 @@ class _QuantizeOnLoad(ConversionOps):
 
     def _quantize(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         fmt, rule = self._config.fp4_format, self._config.weight_rule
-        rotated = {}
         for name, weight in weights.items():
             require_finite(weight, f"the weight of {name}")
-            rotated[name] = rotate(weight, self.sizes[name])
         global_scale = None
         if fmt.has_global_scale:
-            absmax = torch.stack([w.abs().amax().cpu() for w in rotated.values()]).amax().view(1)
-            global_scale = weight_global_scale(absmax).to(next(iter(rotated.values())).device)
+            absmax = [
+                part.abs().amax().cpu() for name in weights for part in self._rotated(name, weights[name])
+            ]
+            global_scale = weight_global_scale(torch.stack(absmax).amax().view(1))
         tensors = {}
-        for name, weight in rotated.items():
-            quantized = round_weight(
-                weight, weight_scales(weight, fmt, rule, global_scale), fmt, global_scale
-            )
-            tensors[f"{name}.weight"] = quantized.packed
-            tensors[f"{name}.weight_scale"] = quantized.scale
-            if global_scale is not None:
-                tensors[f"{name}.weight_global_scale"] = global_scale.clone()
+        for name, weight in weights.items():
+            divisor = None if global_scale is None else global_scale.to(weight.device, copy=True)
+            parts = [
+                round_weight(part, weight_scales(part, fmt, rule, divisor), fmt, divisor)
+                for part in self._rotated(name, weight)
+            ]
+            tensors[f"{name}.weight"] = torch.cat([part.packed for part in parts])
+            tensors[f"{name}.weight_scale"] = torch.cat([part.scale for part in parts])
+            if divisor is not None:
+                tensors[f"{name}.weight_global_scale"] = divisor
         return tensors
+
+    def _rotated(self, name: str, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The rotated weight in float32, some rows at a time."""
+        values = _ROUNDED_AT_ONCE.get(weight.device.type, _ROUNDED_AT_ONCE_ELSEWHERE)
+        for rows in weight.split(max(1, values // weight.shape[1])):
+            yield rotate(rows, self.sizes[name])
 
     def finish(self, model: PreTrainedModel) -> None:
         """Raise what went wrong; a weight that never came is an error, not a random layer."""
@@ -278,6 +292,12 @@ class _QuantizeOnLoad(ConversionOps):
         absent = [n for group, got in self._waiting.items() for n in group if n not in got]
         if absent:
             raise ValueError(f"the checkpoint has no weight for {absent[0]} (and {len(absent) - 1} more)")
+        offloaded = next((name for name in self.sizes if model.get_buffer(f"{name}.weight").is_meta), None)
+        if offloaded is not None:
+            raise ValueError(
+                f"a weight cannot be quantized and offloaded in one step, got offload_buffers=True and {offloaded} on "
+                "disk; load with offload_buffers=False, or save the quantized model and load that"
+            )
 
 
 def _refuse_quantized(checkpoint_files: list[str]) -> None:
@@ -303,6 +323,18 @@ def _check_layers(model: PreTrainedModel) -> None:
             if not getattr(tensor, "_is_hf_initialized", False):
                 raise ValueError(
                     f"the checkpoint has no tensor {name}.{key}; it is damaged or incomplete: download or quantize it again"
+                )
+        # transformers does not compare all shapes and dtypes of a quantized model with what the layer expects.
+        expected = {"weight": (torch.uint8, [module.out_features, module.in_features // 2])}
+        if module.bias is not None:
+            expected["bias"] = (module.bias.dtype, [module.out_features])
+            require_finite(module.bias, f"the bias of {name}")
+        for key, (dtype, shape) in expected.items():
+            tensor = getattr(module, key)
+            if (tensor.dtype, list(tensor.shape)) != (dtype, shape):
+                raise ValueError(
+                    f"{name}.{key} must be {dtype} {shape}, got {tensor.dtype} {list(tensor.shape)}; the checkpoint is "
+                    "damaged or incomplete: download or quantize it again"
                 )
         module.check(name)
 
