@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,174 +12,331 @@ from pathlib import Path
 import pytest
 import torch
 from model_zoo import tiny_model, tiny_tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import hf_fp4
 from hf_fp4 import MRGPTQConfig
-from hf_fp4.calibration import driver
+from hf_fp4.calibration import checkpoint, driver
 from hf_fp4.calibration.checkpoint import WorkDir, weights_fingerprint
 
-RUN = """
-import os, sys
-sys.path.insert(0, {tests!r})
-import torch
-from model_zoo import tiny_tokens
-from transformers import AutoModelForCausalLM
-import hf_fp4
-import hf_fp4.calibration.checkpoint as checkpoint
-from hf_fp4 import MRGPTQConfig
-
-{sabotage}
-config = MRGPTQConfig(dataset=list(tiny_tokens(4, 16)), num_samples=4, sequence_length=16, batch_size=2, work_dir={work!r})
-AutoModelForCausalLM.from_pretrained({source!r}, quantization_config=config).save_pretrained({out!r})
-"""
-# Dies before the file of the second block is written, in the middle of writing it, and right after it got its name.
-SABOTAGE = {
-    "before": """
-save = checkpoint.WorkDir.save
-checkpoint.WorkDir.save = lambda self, block, *rest: os._exit(9) if block == 1 else save(self, block, *rest)
-""",
-    "within": """
-def torn(tensors, path, metadata, write=checkpoint.save_file):
-    write(tensors, path, metadata)
-    if "00001" in str(path):
-        os.truncate(path, os.path.getsize(path) // 2)
-        os._exit(9)
-checkpoint.save_file = torn
-""",
-    "after": """
-replace = os.replace
-def replaced(source, target):
-    replace(source, target)
-    if "00001" in str(target):
-        os._exit(9)
-checkpoint.os.replace = replaced
-""",
-}
+FAMILY = "llama-200"
+TOKENS = list(tiny_tokens(2, 16))
+SIZES = {"num_samples": 2, "sequence_length": 16, "batch_size": 1}
+BLOCKS = ["block-00000.safetensors", "block-00001.safetensors"]
 
 
-def run(source: Path, work: Path | None, out: Path, sabotage: str = "") -> int:
-    """The exit code of a new process that quantizes."""
-    code = RUN.format(
-        tests=str(Path(__file__).parent),
-        sabotage=sabotage,
-        work=work and str(work),
-        source=str(source),
-        out=str(out),
-    )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
+def config(work: Path | None, **changes) -> MRGPTQConfig:
+    return MRGPTQConfig(**{"dataset": TOKENS, "work_dir": work, **SIZES, **changes})
 
 
-def saved_bytes(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(directory.glob("*.safetensors"))}
+def quantize(source: Path, work: Path | None = None, **changes) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(source, quantization_config=config(work, **changes))
+
+
+def state(model: PreTrainedModel) -> dict[str, bytes]:
+    return {
+        name: tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        for name, tensor in model.state_dict().items()
+    }
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("model")
-    tiny_model("llama-144").save_pretrained(directory)
+    tiny_model(FAMILY).save_pretrained(directory)
     return directory
 
 
 @pytest.fixture(scope="module")
-def unbroken(source, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("unbroken")
-    assert run(source, None, out) == 0
-    return out
+def unbroken(source) -> PreTrainedModel:
+    return quantize(source)
 
 
-@pytest.mark.parametrize("moment", SABOTAGE)
-def test_a_killed_run_resumes_to_the_same_bytes(moment, source, unbroken, tmp_path):
-    work, out = tmp_path / "work", tmp_path / "out"
-    assert run(source, work, out, SABOTAGE[moment]) == 9
-    assert not out.exists()
-    finished = sorted(file.name for file in work.glob("*.safetensors"))
-    assert finished == [f"block-{i:05d}.safetensors" for i in range(2 if moment == "after" else 1)]
-    assert run(source, work, out) == 0
-    assert saved_bytes(out) == saved_bytes(unbroken)
-    assert (out / "config.json").read_bytes() == (unbroken / "config.json").read_bytes()
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory) -> Path:
+    """The work_dir of a finished run; not to be written to."""
+    work = tmp_path_factory.mktemp("finished") / "work"
+    quantize(source, work)
+    return work
 
 
-def config(work: Path, **changes) -> MRGPTQConfig:
-    sizes = {"num_samples": 4, "sequence_length": 16, "batch_size": 2}
-    return MRGPTQConfig(**{"dataset": list(tiny_tokens(4, 16)), "work_dir": work, **sizes, **changes})
+@pytest.fixture
+def solved(monkeypatch) -> list[str]:
+    """Titles of the groups that are solved."""
+    titles: list[str] = []
+    solve = driver._Group.solve
+    monkeypatch.setattr(driver._Group, "solve", lambda group: titles.append(group._title) or solve(group))
+    return titles
 
 
-def quantize(source: Path, config: MRGPTQConfig):
-    return AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+# --- killed
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from hf_fp4 import MRGPTQConfig
+from hf_fp4.calibration import checkpoint, driver
+
+source, works, tokens, sizes = Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3]), eval(sys.argv[4])
+countdown = [0]
 
 
-def test_finished_blocks_are_not_solved_again(source, tmp_path, monkeypatch):
-    first = quantize(source, config(tmp_path))
-
-    def solve(self):
-        raise AssertionError("a finished block was solved again")
-
-    monkeypatch.setattr(driver._Group, "solve", solve)
-    again = quantize(source, config(tmp_path))
-    tokens = tiny_tokens(2, 16, seed=3)
-    assert torch.equal(first(tokens).logits, again(tokens).logits)
-    assert first.hf_quantizer.report == again.hf_quantizer.report
+def event():
+    countdown[0] -= 1
+    if countdown[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_an_interrupt_leaves_what_is_finished(source, tmp_path, monkeypatch):
-    real, calls = driver._Group.solve, []
+def around(owner, name):
+    function = getattr(owner, name)
 
-    def solve(self):
-        calls.append(self)
-        if self.prefix.endswith(".1"):
-            raise KeyboardInterrupt
-        return real(self)
+    def wrapped(*args, **kwargs):
+        event()
+        result = function(*args, **kwargs)
+        event()
+        return result
 
-    monkeypatch.setattr(driver._Group, "solve", solve)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(source, config(tmp_path))
-    assert [file.name for file in tmp_path.glob("block-*")] == ["block-00000.safetensors"]
-    monkeypatch.setattr(driver._Group, "solve", real)
-    assert quantize(source, config(tmp_path)).config.quantization_config.modules
+    setattr(owner, name, wrapped)
+
+
+def torn(tensors, path, metadata, write=checkpoint.save_file):
+    write(tensors, path, metadata)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    event()
+    path.write_bytes(whole)
+    event()
+
+
+around(driver._Group, "solve")
+around(driver._Block, "advance")
+around(checkpoint.os, "replace")
+checkpoint.save_file = torn
+
+for moment in range(1, 1000):
+    child = os.fork()
+    if child == 0:
+        countdown[0] = moment
+        config = MRGPTQConfig(dataset=tokens, work_dir=works / str(moment), **sizes)
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) == 0:
+        break  # it came to its end before the moment
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(source, tmp_path_factory) -> list[Path]:
+    """The work_dirs of runs that were killed, each a step later than the one before, and of one that was not."""
+    works = tmp_path_factory.mktemp("killed")
+    arguments = [source, works, [tokens.tolist() for tokens in TOKENS], SIZES]
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(Path(hf_fp4.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    return sorted(works.iterdir(), key=lambda work: int(work.name))
+
+
+def names(work: Path) -> list[str]:
+    return sorted(file.name for file in work.iterdir())
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_bytes(killed, source, unbroken, solved, tmp_path):
+    expected = state(unbroken)
+    seen = set()
+    for original in killed:
+        work = shutil.copytree(original, tmp_path / original.name)
+        found = names(work)
+        if tuple(found) in seen:
+            continue  # nothing that a resumed run could see differs
+        seen.add(tuple(found))
+        solved.clear()
+        again = quantize(source, work)
+        assert state(again) == expected, f"killed at {work.name}, with {found}"
+        for index, block in enumerate(BLOCKS):  # finished ones are taken over, others are not
+            assert any(f"layers.{index}." in title for title in solved) == (block not in found)
+        assert [row.error for row in again.hf_quantizer.report] == [
+            row.error for row in unbroken.hf_quantizer.report
+        ]
+        assert again.config.quantization_config.to_dict() == unbroken.config.quantization_config.to_dict()
+        assert [name for name in names(work) if "block" in name] == BLOCKS
+    partial = [[name for name in found if name.endswith(".partial")] for found in seen]
+    assert ["manifest.partial"] in partial
+    assert ["block-00000.partial"] in partial and ["block-00001.partial"] in partial
+
+
+def test_a_block_appears_when_it_is_whole(killed):
+    stages = [[name for name in names(work) if name in BLOCKS] for work in killed]
+    assert stages == sorted(stages) and stages[-1] == BLOCKS
+    assert {len(stage) for stage in stages} == {0, 1, 2}
+    for work in killed:
+        for block in range(2):
+            if (work / BLOCKS[block]).exists():
+                tensors, metadata = WorkDir(work, json.loads((work / "manifest.json").read_text())).load(
+                    block
+                )
+                assert len(metadata["reports"]) == 6
+                assert {name.rpartition(".")[2] for name in tensors} >= {"weight", "weight_scale"}
+
+
+def test_an_interrupt_leaves_what_is_finished(source, unbroken, solved, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+
+        def interrupted(group):
+            if ".1." in group.prefix + ".":
+                raise KeyboardInterrupt
+            return solve(group)
+
+        solve = driver._Group.solve
+        patch.setattr(driver._Group, "solve", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, tmp_path)
+    assert names(tmp_path) == [BLOCKS[0], "manifest.json"]
+    solved.clear()
+    assert state(quantize(source, tmp_path)) == state(unbroken)
+    assert all("layers.1." in title for title in solved)
+
+
+def test_a_full_disk_leaves_what_is_finished(source, unbroken, tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        if "00001" in path.name:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(tensors, path, metadata)
+
+    save = checkpoint.save_file
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            quantize(source, tmp_path)
+    assert names(tmp_path) == [BLOCKS[0], "block-00001.partial", "manifest.json"]
+    assert state(quantize(source, tmp_path)) == state(unbroken)
+
+
+def test_a_finished_run_is_taken_over_whole(source, unbroken, finished, solved):
+    before = {name: (finished / name).stat().st_mtime_ns for name in names(finished)}
+    again = quantize(source, finished)
+    assert solved == []
+    assert state(again) == state(unbroken)
+    assert {name: (finished / name).stat().st_mtime_ns for name in names(finished)} == before
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("opt", {"format": "mxfp4"}),
+        ("opt", {"activations": "bf16", "hadamard_group_size": 16}),
+        ("llama", {"modules_to_not_convert": ("model.layers.0",)}),
+        ("phi3", {"method": "rtn", "scale_rule": "hessian"}),
+    ],
+)
+def test_other_models_and_fields_resume(family, changes, solved, tmp_path):
+    """With biases, without input scales, with a block in which nothing converts, with a tuple, which JSON has not."""
+    tiny_model(family).save_pretrained(tmp_path / "model")
+    first = quantize(tmp_path / "model", tmp_path / "work", **changes)
+    solved.clear()
+    again = quantize(tmp_path / "model", tmp_path / "work", **changes)
+    assert solved == []
+    assert state(again) == state(first)
+    (tmp_path / "work" / BLOCKS[1]).unlink()
+    assert state(quantize(tmp_path / "model", tmp_path / "work", **changes)) == state(first)
+    assert solved
+
+
+def test_a_work_dir_changes_nothing(source, unbroken, tmp_path):
+    work = tmp_path / "not" / "yet" / "there"
+    assert state(quantize(source, work)) == state(unbroken)
+    assert names(work) == [*BLOCKS, "manifest.json"]
+    assert state(quantize(source, str(work))) == state(unbroken)
+
+
+# --- another run's
 
 
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"dataset": list(tiny_tokens(4, 16, seed=1))}, "dataset"),
-        ({"error_correction": 0.0}, "config"),
-        ({"batch_size": 4}, "config"),
+        ({"dataset": list(tiny_tokens(2, 16, seed=1))}, "dataset"),
+        ({"dataset": list(tiny_tokens(8, 16)), "seed": 1}, "config, dataset"),
+        ({"sequence_length": 8}, "config, dataset"),
         ({"format": "mxfp4"}, "config"),
+        ({"error_correction": 0.0}, "config"),
+        ({"hadamard_group_size": 16}, "config"),
+        ({"batch_size": 2}, "config"),
+        ({"modules_to_not_convert": ["down_proj"]}, "config"),
     ],
 )
-def test_refuses_the_blocks_of_another_run(changes, what, source, tmp_path):
-    quantize(source, config(tmp_path))
-    with pytest.raises(ValueError, match=f"work_dir .* belongs to another run: {what} differ; give this run"):
-        quantize(source, config(tmp_path, **changes))
+def test_the_blocks_of_another_run_are_refused(changes, what, source, finished):
+    message = (
+        f"work_dir {finished} belongs to another run: {what} differ; give this run a directory of its own"
+    )
+    with pytest.raises(ValueError, match=message):
+        quantize(source, finished, **changes)
 
 
-def test_refuses_the_blocks_of_another_model(source, tmp_path):
-    quantize(source, config(tmp_path / "work"))
-    other = tiny_model("llama-144")
-    with torch.no_grad():
-        other.model.layers[1].mlp.up_proj.weight[3, 5] += 0.5  # one weight of one layer
-    other.save_pretrained(tmp_path / "other")
+@pytest.mark.parametrize("change", ["one weight", "dtype", "another model"])
+def test_the_blocks_of_another_model_are_refused(change, finished, tmp_path):
+    other = tiny_model("llama" if change == "another model" else FAMILY)
+    if change == "one weight":
+        with torch.no_grad():
+            other.model.layers[1].mlp.up_proj.weight[3, 5] += 0.5
+    other.to(torch.bfloat16 if change == "dtype" else torch.float32).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="belongs to another run: model differ"):
-        quantize(tmp_path / "other", config(tmp_path / "work"))
+        quantize(tmp_path, finished)
 
 
-def test_a_block_file_with_bad_scales_is_refused(source, tmp_path):
-    quantize(source, config(tmp_path))
-    identity = json.loads((tmp_path / "manifest.json").read_text())
-    work = WorkDir(tmp_path, identity)
+def test_the_same_tokens_from_elsewhere_are_the_same_dataset(source, finished, solved):
+    quantize(source, finished, dataset=torch.stack(TOKENS))
+    assert solved == []
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def test_a_damaged_block_is_refused(source, copied):
+    file = copied / BLOCKS[1]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"the finished block {file} is damaged .*; delete it, and it is"):
+        quantize(source, copied)
+
+
+def test_a_damaged_manifest_is_refused(source, copied):
+    (copied / "manifest.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"manifest.json is damaged .*; delete the directory"):
+        quantize(source, copied)
+
+
+def test_a_block_with_bad_scales_is_refused(source, copied):
+    work = WorkDir(copied, json.loads((copied / "manifest.json").read_text()))
     tensors, metadata = work.load(0)
-    name = next(key for key in tensors if key.endswith("weight_scale"))
+    name = "self_attn.o_proj.weight_scale"
     tensors[name] = torch.zeros_like(tensors[name].view(torch.uint8)).view(tensors[name].dtype)
     work.save(0, tensors, metadata)
-    with pytest.raises(ValueError, match=r"model\.layers\.0\..*weight_scale holds .* zero"):
-        quantize(source, config(tmp_path))
+    with pytest.raises(ValueError, match=rf"model\.layers\.0\.{name} holds .* zero, negative or NaN"):
+        quantize(source, copied)
 
 
 def test_the_fingerprint_sees_every_byte_and_name():
     weight = torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
     base = weights_fingerprint([("a", weight)])
     changed = weight.clone()
-    changed[57, 31] += 1e-6
+    changed[57, 31] = torch.nextafter(changed[57, 31], torch.tensor(9.0))
     assert weights_fingerprint([("a", weight.clone())]) == base
-    assert len({base, weights_fingerprint([("a", changed)]), weights_fingerprint([("b", weight)])}) == 3
-    assert weights_fingerprint([("a", weight.view(50, 200))]) != base
+    others = [
+        [("a", changed)],
+        [("b", weight)],
+        [("a", weight.view(50, 200))],
+        [("a", weight), ("b", weight)],
+    ]
+    assert len({base, *map(weights_fingerprint, others)}) == 5
+    assert weights_fingerprint([("a", weight.bfloat16())]) != weights_fingerprint([("a", weight.half())])

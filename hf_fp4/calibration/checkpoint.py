@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 MANIFEST = "manifest.json"
@@ -30,7 +30,7 @@ class WorkDir:
         self._path.mkdir(parents=True, exist_ok=True)
         manifest = self._path / MANIFEST
         if manifest.exists():
-            found = json.loads(manifest.read_text())
+            found = _read_manifest(manifest)
             differing = sorted(k for k in found.keys() | identity.keys() if found.get(k) != identity.get(k))
             if differing:
                 raise ValueError(
@@ -45,9 +45,14 @@ class WorkDir:
         file = self._file(block)
         if not file.exists():
             return None
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in list(opened.keys())}
-            return tensors, json.loads(opened.metadata()["block"])
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors = {key: opened.get_tensor(key) for key in list(opened.keys())}
+                return tensors, json.loads(opened.metadata()["block"])
+        except SafetensorError as error:
+            raise ValueError(
+                f"the finished block {file} is damaged ({error}); delete it, and it is quantized again"
+            ) from error
 
     def save(self, block: int, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         """Write a finished block; it appears under its name only when all of it is on disk."""
@@ -55,9 +60,7 @@ class WorkDir:
         save_file(
             {k: v.contiguous().cpu() for k, v in tensors.items()}, partial, {"block": json.dumps(metadata)}
         )
-        with open(partial, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, self._file(block))
+        _publish(partial, self._file(block))
 
     def _file(self, block: int) -> Path:
         return self._path / f"block-{block:05d}.safetensors"
@@ -78,7 +81,23 @@ def weights_fingerprint(named_parameters) -> str:
     return digest.hexdigest()
 
 
+def _read_manifest(path: Path) -> dict[str, object]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete the directory, and give the run a new one"
+        ) from error
+
+
 def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_suffix(".partial")
     partial.write_bytes(content)
+    _publish(partial, path)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Give a finished file its name, once its content is on the disk and not only in the system's cache."""
+    with open(partial, "rb+") as written:
+        os.fsync(written.fileno())
     os.replace(partial, path)
