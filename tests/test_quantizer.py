@@ -21,6 +21,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTForCausalLM,
     PreTrainedModel,
 )
 
@@ -226,6 +227,16 @@ def test_mr_gptq_is_better_than_rounding(format, activations, correlated):
     assert solved < (0.9 if activations == "fp4" else 0.7) * rounded
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_solver_alone_is_better_than_rounding(format, correlated):
+    fields = {"num_samples": 32, "dataset": tiny_tokens(64, 32), "error_correction": 0.0, **UNROTATED}
+    fields |= {"format": format, "activations": "bf16", "scale_rule": "hessian"}
+    reference = original(correlated)
+    solved = distance(quantize(correlated, **fields), reference)
+    rounded = distance(quantize(correlated, method="rtn", **fields), reference)
+    assert solved < 0.8 * rounded
+
+
 @pytest.mark.parametrize("fields", [{"scale_rule": "mse"}, {"act_order": False}, {"error_correction": 0.0}])
 def test_each_part_of_the_method_changes_the_result(fields, correlated):
     assert state_bytes(quantize(correlated)) != state_bytes(quantize(correlated, **fields))
@@ -361,12 +372,23 @@ def test_a_shared_scale_fits_the_largest_of_the_partners(tmp_path):
         assert unscaled / layer.weight_global_scale in (32, 64, 128)
 
 
-def test_the_input_scale_leaves_headroom_over_everything_seen(zoo, monkeypatch):
-    spy = Spy(monkeypatch)
-    model = quantize(zoo("llama"), hadamard_group_size=16)
-    for name, layer in fp4_linears(model).items():
-        largest = max(rotate(x, 16).abs().max().item() for x in spy.quantized[name])
-        saturates_at = 448 * 6 / layer.input_global_scale.item()
+@pytest.mark.parametrize("large", [0, 1])
+def test_the_input_scale_leaves_headroom_over_everything_seen(large, zoo, monkeypatch):
+    """Also when one of the two batches is eight times as large as the other."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    observe = driver._Group.observe
+
+    def scaled(group, x, original):
+        batches = seen.setdefault(f"{group.prefix}.{group.names[0]}", [])
+        batches.append(x * 8 if len(batches) == large else x)
+        return observe(group, batches[-1], original)
+
+    monkeypatch.setattr(driver._Group, "observe", scaled)
+    layers = fp4_linears(quantize(zoo("llama"), hadamard_group_size=16))
+    for name, batches in seen.items():
+        assert len(batches) == 2
+        largest = max(rotate(x, 16).abs().max().item() for x in batches)
+        saturates_at = 448 * 6 / layers[name].input_global_scale.item()
         assert 2 * largest <= saturates_at <= 4 * largest * 1.001
 
 
@@ -472,11 +494,12 @@ def test_a_config_may_be_a_dict(zoo):
 
 def test_one_config_serves_several_models(zoo, tmp_path):
     config = MRGPTQConfig(dataset=TOKENS, **SIZES)
-    first = AutoModelForCausalLM.from_pretrained(zoo("llama"), quantization_config=config)
-    second = AutoModelForCausalLM.from_pretrained(zoo("opt"), quantization_config=config)
+    # Not by AutoModelForCausalLM, which copies its arguments.
+    first = LlamaForCausalLM.from_pretrained(zoo("llama"), quantization_config=config)
+    second = OPTForCausalLM.from_pretrained(zoo("opt"), quantization_config=config)
     assert config.modules is None and config.calibration is None
-    assert set(first.config.quantization_config.modules) == set(fp4_linears(first))
-    assert set(second.config.quantization_config.modules) == set(fp4_linears(second))
+    for model in (first, second):
+        assert set(model.config.quantization_config.modules) == set(fp4_linears(model))
     first.save_pretrained(tmp_path)
     assert torch.equal(logits(original(tmp_path)), logits(first))
 
@@ -608,19 +631,15 @@ def peak_while(work):
     return peak[0] - start
 
 
-def load(path, **fields):
-    config = MRGPTQConfig(method="rtn", activations="bf16", scale_rule="absmax", **fields)
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
-
-
-def load_unquantized():
-    model = AutoModelForCausalLM.from_pretrained(large)
-    return [parameter.detach().clone() for parameter in model.parameters()]  # else it stays mapped from the file
+def load(path, **arguments):
+    # In another dtype than the file's, whose pages would not count.
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16, **arguments)
 
 
 large, tiny = sys.argv[1:]
-load(tiny)  # what is imported or cached once
-for work in (lambda: load(large), load_unquantized):
+config = MRGPTQConfig(method="rtn", activations="bf16", scale_rule="absmax")
+load(tiny, quantization_config=config)  # what is imported or cached once
+for work in (lambda: load(large, quantization_config=config), lambda: load(large)):
     child = os.fork()  # each from the same start: freed memory is not always given back
     if child == 0:
         print(peak_while(work), flush=True)
@@ -648,4 +667,4 @@ def test_rounding_on_load_never_holds_the_unquantized_model(zoo, tmp_path):
     assert run.returncode == 0, run.stderr
     quantized, unquantized = map(int, run.stdout.split())
     assert unquantized > 0.9 * size  # the measure sees a model that is in memory
-    assert quantized < 0.5 * size  # 0.28 of it is the FP4 model
+    assert quantized < 0.65 * size  # 0.28 of it is the FP4 model

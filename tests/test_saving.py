@@ -240,6 +240,9 @@ def test_without_its_head(model, tmp_path):
     bare = AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(bare(TOKENS).last_hidden_state, model.model(TOKENS).last_hidden_state)
+    assert set(bare.config.quantization_config.modules) == {
+        name for name, module in bare.named_modules() if isinstance(module, FP4Linear)
+    }
 
 
 def test_a_model_saved_without_head_is_the_body_of_one_with_a_head(zoo, tmp_path):
