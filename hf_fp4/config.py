@@ -38,6 +38,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
         activation_scale_rule: block scales of activations: ``"absmax"``, ``"four_over_six"`` (nvfp4, its default) or
             ``"mse"`` (mxfp4, its default: the better of two exponents).
         act_order: quantize columns by descending second moment of their input; costs nothing at run time.
+        descent_passes: how often coordinate descent goes over all codes after the solve, which only visits each once; 0: not.
         error_correction: share, 0 to 1, of the asymmetric correction that makes a layer aim at what the original model
             gives on its own inputs rather than on the quantized model's; 0 turns it off.
         damp_percent: added to the diagonal of the second moments, as a share of its mean.
@@ -63,6 +64,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
     scale_rule: str = "auto"
     activation_scale_rule: str | None = None
     act_order: bool = True
+    descent_passes: int = 3
     error_correction: float = 0.35
     damp_percent: float = 0.1
     dataset: Any = DEFAULT_DATASET
@@ -96,6 +98,8 @@ class MRGPTQConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if not _is_number(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not _is_number(self.descent_passes, int) or self.descent_passes < 0:
+            raise ValueError(f"descent_passes must be an integer of at least 0, got {self.descent_passes!r}")
         if not _is_number(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if not _is_number(self.error_correction) or not 0 <= self.error_correction <= 1:
@@ -115,6 +119,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
             "scale_rule": "mse",
             "activation_scale_rule": "absmax",
             "act_order": True,
+            "descent_passes": 0,
             "error_correction": 0.0,
             "damp_percent": 0.01,
         }

@@ -41,6 +41,11 @@ class FP4Format(str, enum.Enum):
         return torch.float8_e4m3fn if self is FP4Format.NVFP4 else torch.uint8
 
     @property
+    def scale_bytes(self) -> tuple[int, int]:
+        """The smallest and the largest byte that stores a positive, finite scale; larger bytes are larger scales."""
+        return (1, 0x7E) if self is FP4Format.NVFP4 else (0, 254)
+
+    @property
     def has_global_scale(self) -> bool:
         """Whether a tensor has an FP32 divisor beside its block scales."""
         return self is FP4Format.NVFP4

@@ -1,7 +1,9 @@
 """The GPTQ solver on an FP4 grid: weight and second moments in, FP4 weight out. Tensors only, no modules, no hooks.
 
-Source: GPTQ (arXiv 2210.17323) with the scales fixed before the solve and the static activation order of MR-GPTQ
-(arXiv 2509.23202, section 4). `tests/test_gptq.py` holds a float64 transcription of the definition as its oracle.
+`solve` goes over the columns once and never looks back (GPTQ, arXiv 2210.17323, with the scales fixed beforehand and the
+static activation order of MR-GPTQ, arXiv 2509.23202, section 4). `descend` then goes over them again and moves each code
+and each block scale to the best one given all others (coordinate descent, as QuantEase, arXiv 2309.01885, does for codes).
+`tests/test_gptq.py` holds float64 transcriptions of both definitions as their oracles.
 """
 
 from __future__ import annotations
@@ -72,16 +74,7 @@ def solve(
     Returns:
         The codes under the given scales, columns in the weight's own order.
     """
-    steps = step(scale, fmt, global_scale).repeat_interleave(fmt.group_size, dim=1).T
-    inverse = inverse_step(scale, fmt, global_scale).repeat_interleave(fmt.group_size, dim=1).T
-    columns = weight.T  # [K, N]: one column of the weight is contiguous
-    if order is not None:
-        columns, steps, inverse = columns[order], steps[order], inverse[order]
-    columns, steps, inverse = (
-        columns.clone(memory_format=torch.contiguous_format),
-        steps.contiguous(),
-        inverse.contiguous(),
-    )
+    columns, steps, inverse = _columns(order, weight, *_steps(scale, fmt, global_scale))
     errors = torch.empty(
         min(BLOCK, len(columns)), columns.shape[1], dtype=columns.dtype, device=columns.device
     )
@@ -97,9 +90,107 @@ def solve(
             torch.sub(block[i], quantized[start + i], out=errors[i]).div_(pivots[i])
             block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
-    if order is not None:
-        quantized = torch.empty_like(quantized).index_copy_(0, order, quantized)
-    return round_weight(quantized.T.contiguous(), scale, fmt, global_scale)
+    return round_weight(_rows(order, quantized), scale, fmt, global_scale)
+
+
+def descend(
+    weight: torch.Tensor, quantized: FP4Weight, second: torch.Tensor, added: float, passes: int = 1
+) -> FP4Weight:
+    """Lower the damped output error ``tr((W - Q) (S + d I) (W - Q)^T)`` by coordinate descent over codes and block scales.
+
+    Group by group, every code is set to what leaves the least error while everything else stays as it is; then the group's
+    scale moves to a neighbour on its grid if the error is lower with it. No step raises it. Rows are independent.
+
+    Args:
+        weight: float32 [N, K], rotated: the target of the solve.
+        quantized: what `solve` made of it.
+        second: ``S`` [K, K].
+        added: ``d``, as `hessian.inverse_cholesky` gives it.
+        passes: how often all groups are visited.
+    """
+    fmt, global_scale, size = quantized.format, quantized.global_scale, quantized.format.group_size
+    target, current = _columns(None, weight, quantized.dequantize())
+    scale = quantized.scale.T.contiguous()
+    matrix = second.clone()
+    matrix.diagonal().add_(added)
+    diagonal = matrix.diagonal().tolist()
+    for _ in range(passes):
+        gradient = matrix @ (target - current)
+        for start in range(0, len(current), BLOCK):
+            stop = min(start + BLOCK, len(current))
+            before, block = current[start:stop].clone(), gradient[start:stop]
+            for first in range(start, stop, size):
+                group = slice(first, first + size)
+                units, inverse = (f(scale[first // size], fmt, global_scale) for f in (step, inverse_step))
+                for i in range(first, first + size):
+                    best = torch.add(current[i], block[i - start], alpha=1 / diagonal[i])
+                    best = round_to_e2m1(best.mul_(inverse)).mul_(units)
+                    block[i - start :].addr_(matrix[i, i:stop], current[i] - best)
+                    block[first - start : i - start].addr_(matrix[i, first:i], current[i] - best)
+                    current[i] = best
+                moved = _rescale(
+                    scale[first // size],
+                    current[group],
+                    block[first - start :][:size],
+                    matrix[group, group],
+                    fmt,
+                    global_scale,
+                )
+                block[first - start :].addmm_(matrix[first:stop, group], moved, alpha=-1)
+                current[group] += moved
+            gradient[stop:].addmm_(matrix[stop:, start:stop], before.sub_(current[start:stop]))
+    return round_weight(current.T.contiguous(), scale.T.contiguous(), fmt, global_scale)
+
+
+def _rescale(
+    scale: torch.Tensor,
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    matrix: torch.Tensor,
+    fmt: FP4Format,
+    global_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """Move each row's stored ``scale`` [N], in place, by one step of its grid where that lowers the error.
+
+    values, gradient: [group_size, N], the dequantized group and ``matrix @ (target - values)``. Under another scale, each
+    value is rounded from what would be best for it alone. Returns by how much the values change.
+    """
+    stored = scale.view(torch.uint8)
+    wanted = values + gradient / matrix.diagonal()[:, None]
+    least, change, chosen = torch.zeros_like(values[0]), torch.zeros_like(values), stored.clone()
+    for move in (-1, 1):
+        byte = (stored.short() + move).clamp(*fmt.scale_bytes).to(torch.uint8)
+        candidate = byte.view(fmt.scale_dtype)
+        rounded = round_to_e2m1(wanted * inverse_step(candidate, fmt, global_scale))
+        difference = rounded.mul_(step(candidate, fmt, global_scale)).sub_(values)
+        error = (difference * (matrix @ difference - 2 * gradient)).sum(0)
+        better = error < least
+        least, chosen = torch.where(better, error, least), torch.where(better, byte, chosen)
+        change = torch.where(better, difference, change)
+    stored.copy_(chosen)
+    return change
+
+
+def _steps(
+    scale: torch.Tensor, fmt: FP4Format, global_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What one unit of E2M1 is worth in every place of the weight, and its inverse, [N, K]."""
+    units, inverse = step(scale, fmt, global_scale), inverse_step(scale, fmt, global_scale)
+    return units.repeat_interleave(fmt.group_size, dim=1), inverse.repeat_interleave(fmt.group_size, dim=1)
+
+
+def _columns(order: torch.Tensor | None, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Each [N, K] as a new [K, N], where one column of the weight is contiguous, in the given order."""
+    return [
+        tensor.T.clone(memory_format=torch.contiguous_format) if order is None else tensor.T[order]
+        for tensor in tensors
+    ]
+
+
+def _rows(order: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_columns`."""
+    rows = columns if order is None else torch.empty_like(columns).index_copy_(0, order, columns)
+    return rows.T.contiguous()
 
 
 def activation_order(second: torch.Tensor) -> torch.Tensor:

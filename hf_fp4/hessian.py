@@ -72,15 +72,15 @@ def damped_cholesky(second: torch.Tensor, damp_percent: float, name: str) -> tup
     )
 
 
-def inverse_cholesky(second: torch.Tensor, damp_percent: float, name: str) -> torch.Tensor:
-    """Upper ``U`` with ``U^T U = (S + d I)^-1``; arguments and errors as `damped_cholesky`."""
-    lower, _ = damped_cholesky(second, damp_percent, name)
+def inverse_cholesky(second: torch.Tensor, damp_percent: float, name: str) -> tuple[torch.Tensor, float]:
+    """Upper ``U`` with ``U^T U = (S + d I)^-1``, and ``d``; arguments and errors as `damped_cholesky`."""
+    lower, added = damped_cholesky(second, damp_percent, name)
     upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if failed or not torch.isfinite(upper).all():
         raise RuntimeError(
             f"the inverse second moments of {name} could not be factored; use a larger damp_percent"
         )
-    return upper
+    return upper, added
 
 
 def correct_target(

@@ -159,7 +159,7 @@ def _candidates(
             return [base, fmt.encode_scale(absmax / 4 * global_scale)]
         code = base.view(torch.uint8).short()
         return [
-            (code + s).clamp(1, 0x7E).to(torch.uint8).view(torch.float8_e4m3fn)
+            (code + s).clamp(*fmt.scale_bytes).to(torch.uint8).view(torch.float8_e4m3fn)
             for s in sorted(_E4M3_STEPS, key=abs)
         ]
     base = fmt.encode_scale(
@@ -168,7 +168,7 @@ def _candidates(
     if rule == "absmax":
         return [base]
     steps = [0, 1] if activations else sorted(_E8M0_STEPS, key=abs)
-    return [(base.short() + s).clamp(0, 254).to(torch.uint8) for s in steps]
+    return [(base.short() + s).clamp(*fmt.scale_bytes).to(torch.uint8) for s in steps]
 
 
 def _best(

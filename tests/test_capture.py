@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,7 +11,6 @@ from torch import nn
 
 from hf_fp4.calibration.capture import (
     BlockCall,
-    StopForward,
     block_device,
     capture_block_inputs,
     find_blocks,
@@ -21,7 +18,6 @@ from hf_fp4.calibration.capture import (
     redirect,
     require_finite,
     run_block,
-    run_until,
 )
 
 LLAMA_GROUPS = [
@@ -260,53 +256,16 @@ def test_results_can_be_used_with_autograd():
     assert torch.isfinite(weight.grad).all()
 
 
-@pytest.mark.parametrize("group", LLAMA_GROUPS, ids=lambda group: group[0])
-def test_run_until_gives_the_input_of_a_group_and_stops_there(group):
-    model, blocks, plans = planned("qwen3")
-    ids = tiny_tokens()
-    inputs = next(capture_block_inputs(model, blocks, plans, [ids]))
-    block = blocks.modules[0]
-    expected = inputs_of(model, block.get_submodule(group[0]), ids)
-    called = []
-    for name in linear_names(block):
-        block.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
-    x = run_until(block, inputs.hidden, inputs.calls[0], group)
-    assert torch.equal(x, expected)
-    before = LLAMA_GROUPS[: LLAMA_GROUPS.index(group)]
-    assert called == [name for earlier in before for name in earlier]
-
-
-def test_redirected_linears_reach_later_groups():
+def test_redirected_linears_change_what_the_block_gives():
     model, blocks, plans = planned("llama")
     ids = tiny_tokens()
     inputs = next(capture_block_inputs(model, blocks, plans, [ids]))
     block, call = blocks.modules[0], inputs.calls[0]
     redirects = {"self_attn.v_proj": lambda x: nn.functional.linear(x, 2 * block.self_attn.v_proj.weight)}
-    x = run_until(block, inputs.hidden, call, ["self_attn.o_proj"], redirects)
     y = run_block(block, inputs.hidden, call, redirects)
-    plain = run_until(block, inputs.hidden, call, ["self_attn.o_proj"])
-    assert torch.equal(x, 2 * plain)
     with torch.no_grad():
         block.self_attn.v_proj.weight.mul_(2)
-    assert torch.equal(x, inputs_of(model, block.self_attn.o_proj, ids))
     assert torch.equal(y, outputs_of(model, block, ids))
-
-
-def test_stop_wins_over_a_redirect_of_the_same_linear():
-    model, blocks, plans = planned("llama")
-    inputs = next(capture_block_inputs(model, blocks, plans, [tiny_tokens()]))
-    fail = {"mlp.down_proj": lambda x: pytest.fail("the redirect was called")}
-    x = run_until(blocks.modules[0], inputs.hidden, inputs.calls[0], ["mlp.down_proj"], fail)
-    assert x.shape == (2, 24, 160)
-
-
-def test_group_that_is_not_reached_has_no_tokens():
-    model, blocks, plans = planned("llama")
-    inputs = next(capture_block_inputs(model, blocks, plans, [tiny_tokens()]))
-    block = blocks.modules[0]
-    block.expert = nn.Linear(48, 16)
-    x = run_until(block, inputs.hidden, inputs.calls[0], ["expert"])
-    assert x.shape == (0, 48)
 
 
 def test_redirect_restores_after_an_exception():
@@ -320,8 +279,6 @@ def test_redirect_restores_after_an_exception():
 
     with pytest.raises(RuntimeError, match="inside the block"):
         run_block(block, inputs.hidden, call, {"mlp.up_proj": fail})
-    with pytest.raises(RuntimeError, match="inside the block"):
-        run_until(block, inputs.hidden, call, ["mlp.down_proj"], {"mlp.up_proj": fail})
     with (
         pytest.raises(AttributeError, match="no_such"),
         redirect(block, {"mlp.up_proj": fail, "no_such": fail}),
@@ -343,36 +300,6 @@ def test_redirect_puts_back_a_forward_that_was_set_before():
         assert torch.equal(linear(x), x + 2)
     assert torch.equal(linear(x), x + 1)
     assert list(linear.children()) == []
-
-
-def test_a_foreign_stop_is_not_swallowed():
-    model, blocks, plans = planned("llama")
-    inputs = next(capture_block_inputs(model, blocks, plans, [tiny_tokens()]))
-    mine = StopForward()
-
-    def stop(x):
-        raise mine
-
-    with pytest.raises(StopForward) as caught:
-        run_until(
-            blocks.modules[0], inputs.hidden, inputs.calls[0], ["mlp.down_proj"], {"self_attn.q_proj": stop}
-        )
-    assert caught.value is mine
-    assert changed_modules(model) == []
-
-
-def test_aborted_forwards_release_their_activations():
-    model, blocks, plans = planned("llama")
-    gc.collect()
-    gc.disable()
-    try:
-        inputs = next(capture_block_inputs(model, blocks, plans, [tiny_tokens()]))
-        x = run_until(blocks.modules[0], inputs.hidden, inputs.calls[0], ["mlp.down_proj"])
-        references = [weakref.ref(x), weakref.ref(inputs.hidden)]
-        del x, inputs
-        assert [reference() for reference in references] == [None, None]
-    finally:
-        gc.enable()
 
 
 def test_what_a_block_writes_into_a_dict_does_not_reach_its_next_call():

@@ -37,6 +37,7 @@ INVALID = {
         [0, 0.0, 1, 1.0, -0.1, float("nan"), "1%", None, True],
         r"damp_percent must be between 0 and 1 \(0.01 to 0.1 is usual\), got ",
     ),
+    "descent_passes": ([-1, 1.5, "3", None, True], r"descent_passes must be an integer of at least 0, got "),
     "num_samples": ([0, -1, 1.5, 128.0, "128", None, True], r"num_samples must be a positive integer, got "),
     "sequence_length": (
         [0, -1, 2048.0, "2k", None, True],
@@ -59,6 +60,7 @@ VALID = {
     "act_order": [True, False],
     "error_correction": [0, 0.0, 0.25, 1],
     "damp_percent": [0.001, 0.5],
+    "descent_passes": [0, 10],
     "num_samples": [1, 4096],
     "sequence_length": [1, 8192],
     "batch_size": [1],
@@ -73,6 +75,7 @@ CHANGED = {
     "scale_rule": "hessian",
     "activation_scale_rule": "absmax",
     "act_order": False,
+    "descent_passes": 1,
     "error_correction": 0.5,
     "damp_percent": 0.02,
     "dataset": "someone/some-text:config",

@@ -7,7 +7,15 @@ import torch
 from tolerances import NEAR_TIE
 
 from hf_fp4.formats import FP4Format
-from hf_fp4.gptq import BLOCK, FP4Weight, activation_order, relative_output_error, round_weight, solve
+from hf_fp4.gptq import (
+    BLOCK,
+    FP4Weight,
+    activation_order,
+    descend,
+    relative_output_error,
+    round_weight,
+    solve,
+)
 from hf_fp4.hessian import inverse_cholesky
 from hf_fp4.scales import weight_global_scale, weight_scales
 
@@ -43,7 +51,7 @@ class Problem:
     @property
     def upper(self):
         second = self.second if self.order is None else self.second[self.order][:, self.order]
-        return inverse_cholesky(second, DAMP, "layer")
+        return inverse_cholesky(second, DAMP, "layer")[0]
 
     @property
     def steps(self):
@@ -283,3 +291,119 @@ def test_weights_are_immutable():
     assert isinstance(weight, FP4Weight)
     with pytest.raises(AttributeError):
         weight.packed = weight.packed
+
+
+# Descent
+
+
+def descended(problem, start, passes=1, rows=slice(None)):
+    added = DAMP * problem.second.diagonal().mean().item()
+    return descend(problem.weight[rows], start, problem.second, added, passes)
+
+
+def damped(problem):
+    """``S + d I`` in float64."""
+    second = problem.second.double()
+    return second + DAMP * second.diagonal().mean() * torch.eye(len(second))
+
+
+def damped_error(problem, quantized):
+    difference = problem.weight.double() - quantized.dequantize().double()
+    return ((difference @ damped(problem)) * difference).sum(1)
+
+
+def scale_bytes(quantized):
+    return quantized.scale.view(torch.uint8).numpy().astype(int)
+
+
+def follow(problem, start, end):
+    """Go through one pass in float64, taking the choices of ``end``, and say how well each was made.
+
+    Returns:
+        ``(values, regret)``: what each code was to be the rounding of, in units of E2M1 under the scale it had then; and per
+        group by how much, relative to the row's error, the scale taken is worse than the best of it and its neighbours.
+    """
+    matrix, name, size = damped(problem).numpy(), problem.fmt.value, spec.GROUP[problem.fmt.value]
+    divisor = 1.0 if problem.global_scale is None else problem.global_scale.item()
+    weight, current = problem.weight.double().numpy(), start.dequantize().double().numpy()
+    codes, before, after = codes_of(end), scale_bytes(start), scale_bytes(end)
+    values, regret = np.empty_like(weight), np.empty(before.shape)
+
+    def steps(stored):
+        return spec.decode_scales(name, stored) / divisor
+
+    def errors(candidate):
+        difference = weight - candidate
+        return ((difference @ matrix) * difference).sum(1)
+
+    for group in range(before.shape[1]):
+        columns = slice(group * size, (group + 1) * size)
+        unit, moved = steps(before[:, group]), before[:, group] != after[:, group]
+        for i in range(columns.start, columns.stop):
+            best = current[:, i] + (weight - current) @ matrix[:, i] / matrix[i, i]
+            values[:, i] = best / unit
+            current[:, i] = np.where(moved, spec.round_e2m1(values[:, i]), spec.E2M1[codes[:, i]]) * unit
+        wanted = current[:, columns] + ((weight - current) @ matrix)[:, columns] / np.diag(matrix)[columns]
+        found = [errors(current)]
+        low, high = (1, 0x7E) if name == "nvfp4" else (0, 254)
+        for move in (-1, 1):
+            candidate, other = current.copy(), steps(np.clip(before[:, group] + move, low, high))[:, None]
+            candidate[:, columns] = spec.round_e2m1(wanted / other) * other
+            found.append(errors(candidate))
+        current[:, columns] = spec.E2M1[codes[:, columns]] * steps(after[:, group])[:, None]
+        regret[:, group] = (errors(current) - np.min(found, 0)) / found[0]
+        values[moved, columns] = spec.E2M1[
+            codes[moved, columns]
+        ]  # only codes that the scale's move left can be compared
+    return values, regret
+
+
+@pytest.mark.parametrize("features", WIDTHS)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_descent_chooses_every_code_and_every_scale_best_given_the_others(fmt, features):
+    problem = Problem(fmt, features)
+    start = problem.solve()
+    end = descended(problem, start)
+    values, regret = follow(problem, start, end)
+    differs = spec.E2M1[codes_of(end)] != spec.round_e2m1(values)
+    assert (spec.distance_to_tie(values)[differs] < NEAR_TIE).all()
+    assert differs.mean() < 1e-3
+    assert regret.max() < 1e-5
+    assert 0 < (scale_bytes(end) != scale_bytes(start)).mean() < 0.5
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_descent_lowers_the_error_of_every_row_and_comes_to_rest(fmt):
+    problem = Problem(fmt, 320, ordered=True)
+    start = problem.solve()
+    errors = [damped_error(problem, start)]
+    for passes in (1, 2, 60, 61):
+        errors.append(damped_error(problem, descended(problem, start, passes)))
+        assert (errors[-1] <= errors[-2] * (1 + 1e-6)).all()
+    assert errors[1].sum() < 0.97 * errors[0].sum()
+    assert torch.equal(errors[-1], errors[-2])
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_descent_keeps_its_arguments(fmt):
+    problem = Problem(fmt, 160, ordered=True)
+    start = problem.solve()
+    kept = [start.packed, start.scale.view(torch.uint8), problem.weight, problem.second]
+    copies = [tensor.clone() for tensor in kept]
+    result = descended(problem, start)
+    assert all(map(torch.equal, kept, copies))
+    assert not torch.equal(result.packed, start.packed)
+    assert result.global_scale is start.global_scale
+    unchanged = descended(problem, start, 0)
+    assert torch.equal(unchanged.packed, start.packed)
+    np.testing.assert_array_equal(scale_bytes(unchanged), scale_bytes(start))
+
+
+def test_descent_of_stacked_rows_is_that_of_each():
+    problem = Problem(FP4Format.NVFP4, 2 * BLOCK + 32, rows=96, ordered=True)
+    start = problem.solve()
+    parts = zip(start.split([64, 32]), descended(problem, start).split([64, 32]), strict=True)
+    for (part, whole), rows in zip(parts, (slice(0, 64), slice(64, 96)), strict=True):
+        alone = descended(problem, part, rows=rows)
+        assert torch.equal(alone.packed, whole.packed)
+        np.testing.assert_array_equal(scale_bytes(alone), scale_bytes(whole))

@@ -110,7 +110,7 @@ def torn(tensors, path, metadata, write=checkpoint.save_file):
 
 
 around(driver._Group, "solve")
-around(driver._Block, "advance")
+around(driver._Block, "replace")
 around(checkpoint.os, "replace")
 checkpoint.save_file = torn
 

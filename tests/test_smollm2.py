@@ -40,12 +40,18 @@ def halves() -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def model(source, halves, tmp_path_factory) -> PreTrainedModel:
-    """Calibrated, saved and loaded again."""
+def quantized(source, halves, tmp_path_factory) -> Path:
+    """A checkpoint that was calibrated, with its tokenizer."""
     config = MRGPTQConfig(dataset=[halves[0]], num_samples=8, sequence_length=128, hadamard_group_size=None)
     directory = tmp_path_factory.mktemp("nvfp4")
     AutoModelForCausalLM.from_pretrained(source, quantization_config=config).save_pretrained(directory)
-    return AutoModelForCausalLM.from_pretrained(directory)
+    AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(quantized) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(quantized)
 
 
 def test_it_stays_closer_to_the_original_than_rounding(model, source, halves):
@@ -91,3 +97,26 @@ def test_it_answers(model, source):
     with torch.no_grad():
         probability = model(ids).logits[0, -1].float().softmax(-1)[paris].item()
     assert probability > 0.5
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # the harness passes on what it found
+def test_the_evaluation_harness_loads_it(model, quantized):
+    pytest.importorskip("lm_eval", reason="pip install lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    harness = HFLM(pretrained=str(quantized), device="cpu", batch_size=1)
+    assert isinstance(harness.model.model.layers[0].self_attn.q_proj, FP4Linear)
+    question, answer = "The capital of France is", " Paris"
+    requests = [
+        Instance(request_type="loglikelihood", doc={}, arguments=(question, text), idx=index)
+        for index, text in enumerate((answer, " London"))
+    ]
+    (right, greedy), (wrong, _) = harness.loglikelihood(requests, disable_tqdm=True)
+    assert greedy and right > wrong + 1
+
+    tokenizer = AutoTokenizer.from_pretrained(quantized)
+    context, target = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, answer))
+    with torch.no_grad():
+        logits = model(torch.tensor([context])).logits[0, -1]
+    assert right == pytest.approx(logits.float().log_softmax(-1)[target[0]].item(), abs=1e-3)

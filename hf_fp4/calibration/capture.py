@@ -22,8 +22,8 @@ from ..layers.replace import tower_names
 _FINGERPRINT_VALUES = 64
 
 
-class StopForward(Exception):
-    """Ends a forward early, on purpose; never leaves this module unless a caller's own redirect raises it."""
+class _StopForward(Exception):
+    """Ends a forward early, on purpose; never leaves this module."""
 
 
 @dataclass(frozen=True)
@@ -146,36 +146,7 @@ def run_block(
 ) -> Tensor:
     """The block's hidden states [B, T, hidden_size], computed on the block's device under `redirects`."""
     with redirect(block, redirects or {}):
-        return _call_block(block, hidden, call)
-
-
-@torch.no_grad()
-def run_until(
-    block: nn.Module,
-    hidden: Tensor,
-    call: BlockCall,
-    stop_at: Iterable[str],
-    redirects: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
-) -> Tensor:
-    """The input of the group `stop_at` (names relative to the block); the block's forward ends where it is first read.
-
-    `stop_at` wins over `redirects`. Returns an empty [0, in_features] tensor when the block ends without calling the
-    group, which is an expert that got no token.
-    """
-    names = list(stop_at)
-    stop = StopForward()
-    inputs: list[Tensor] = []
-
-    def abort(x: Tensor) -> Tensor:
-        inputs.append(x)
-        raise stop
-
-    with _stopped_by(stop), redirect(block, {**(redirects or {}), **dict.fromkeys(names, abort)}):
-        hidden = _call_block(block, hidden, call)
-    if inputs:
-        return inputs[0]
-    width: Any = block.get_submodule(names[0]).in_features
-    return hidden.new_empty(0, width)
+        return call_block(block, hidden, call)
 
 
 @contextmanager
@@ -183,7 +154,7 @@ def redirect(block: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor
     """Call `functions[name](x)` in the place of the forward of the block's submodule `name`, until the exit."""
     with ExitStack() as stack:
         for name, function in functions.items():
-            stack.enter_context(_replaced_forward(block.get_submodule(name), function))
+            stack.enter_context(replaced_forward(block.get_submodule(name), function))
         yield
 
 
@@ -347,7 +318,7 @@ def _record_calls(
     model: PreTrainedModel, blocks: Blocks, plans: list[BlockPlan], input_ids: Tensor
 ) -> tuple[Tensor, list[BlockCall]]:
     """Run the model with every block replaced by the identity, and stop after the last block."""
-    stop = StopForward()
+    stop = _StopForward()
     first: list[Tensor] = []
     calls: list[BlockCall] = []
 
@@ -367,7 +338,7 @@ def _record_calls(
 
     with _stopped_by(stop), ExitStack() as stack:
         for index, block in enumerate(blocks.modules):
-            stack.enter_context(_replaced_forward(block, recorder(index)))
+            stack.enter_context(replaced_forward(block, recorder(index)))
         _run_model(model, blocks, input_ids)
     return first[0], calls
 
@@ -395,7 +366,7 @@ def _run_model(model: PreTrainedModel, blocks: Blocks, input_ids: Tensor) -> Non
     model(input_ids=input_ids.to(device), **kwargs)
 
 
-def _call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     device = block_device(block)
     # New containers each time: what a block writes into a dict argument must not reach its next call.
     args = _map(call.args, lambda tensor: tensor.to(device))
@@ -432,7 +403,7 @@ def _hidden_of(output: Any, name: str) -> Tensor:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     # In __dict__, because setattr would register an nn.Module; accelerate keeps its wrapper there too.
     had, previous = "forward" in module.__dict__, module.__dict__.get("forward")
     module.__dict__["forward"] = forward
@@ -446,10 +417,10 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 @contextmanager
-def _stopped_by(stop: StopForward) -> Iterator[None]:
+def _stopped_by(stop: _StopForward) -> Iterator[None]:
     try:
         yield
-    except StopForward as caught:
+    except _StopForward as caught:
         if caught is not stop:
             raise
     finally:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..backends.reference import compute_dtype, matmul, quantize_input
 from ..config import MRGPTQConfig
 from ..formats import dequantize_blocks
-from ..gptq import FP4Weight, activation_order, relative_output_error, round_weight, solve
+from ..gptq import FP4Weight, activation_order, descend, relative_output_error, round_weight, solve
 from ..hessian import SecondMoments, correct_target, inverse_cholesky
 from ..layers.linear import FP4Linear
 from ..layers.replace import linear_at, replace_linears, select_linears
@@ -40,10 +40,10 @@ from .capture import (
     probe,
     require_finite,
     run_block,
-    run_until,
 )
 from .checkpoint import WorkDir, weights_fingerprint
 from .data import CalibrationData
+from .forwards import paused_forwards
 
 PROBE_TOKENS = 16
 ROTATION_TOKENS, ROTATION_ROWS = 4096, 256
@@ -162,7 +162,7 @@ class _Group:
     def _stacked(self) -> torch.Tensor:
         return torch.cat([linear.weight.detach().float() for linear in self._linears.values()])
 
-    def _solve(self, weight: torch.Tensor, second: torch.Tensor) -> FP4Weight:
+    def _solve(self, weight: torch.Tensor, second: torch.Tensor, passes: int = 0) -> FP4Weight:
         """Scales, then codes, of a rotated weight [N, K] under the second moments [K, K] of its inputs."""
         config = self._config
         global_scale = (
@@ -173,8 +173,9 @@ class _Group:
             return round_weight(weight, scale, self._format, global_scale)
         order = activation_order(second) if config.act_order else None
         ordered = second if order is None else second[order][:, order]
-        upper = inverse_cholesky(ordered, config.damp_percent, self._title)
-        return solve(weight, scale, self._format, global_scale, upper, order)
+        upper, added = inverse_cholesky(ordered, config.damp_percent, self._title)
+        solved = solve(weight, scale, self._format, global_scale, upper, order)
+        return descend(weight, solved, second, added, passes) if passes else solved
 
     def solve(self) -> float:
         """Quantize the group's weights from what was observed; returns the relative output error."""
@@ -191,7 +192,7 @@ class _Group:
             weight = correct_target(
                 weight, second, self._moments.cross, config.error_correction, config.damp_percent, self._title
             )
-        quantized = self._solve(weight, second)
+        quantized = self._solve(weight, second, config.descent_passes)
         error = relative_output_error(weight, quantized.dequantize(), second)
         self._moments = None
         rows = [linear.out_features for linear in self._linears.values()]
@@ -294,10 +295,7 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     with bar:
         for index, name in enumerate(blocks.names):
             block = _Block(blocks.modules[index], name, index, groups[index], config)
-            reports += block.quantize(batches, work)
-            last = index == len(blocks.modules) - 1
-            if not last:
-                block.advance(batches)
+            reports += block.quantize(batches, work, advance=index < len(blocks.modules) - 1)
             block.replace(model)
             bar.update()
     return Run(reports, skipped)
@@ -313,44 +311,62 @@ class _Block:
         self._groups = [_Group(module, name, names, config) for names in groups]
         self._device = block_device(module)
 
-    def quantize(self, batches: list[_Batch], work: WorkDir | None) -> list[LayerReport]:
-        """Solve every group, or take the block from the work directory when an earlier run finished it."""
+    def quantize(self, batches: list[_Batch], work: WorkDir | None, *, advance: bool) -> list[LayerReport]:
+        """Solve every group, or take the block from the work directory when an earlier run finished it.
+
+        With ``advance`` both streams are moved to the next block's input.
+        """
         finished = work.load(self._index) if work else None
-        if finished is not None:
-            return self._restore(*finished)
-        reports: list[LayerReport] = []
-        redirects: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-        for group in self._groups:
-            start = time.perf_counter()
-            for batch in batches:
-                self._observe(group, batch, redirects)
-            error = group.solve()
-            redirects |= group.simulated()
-            seconds = time.perf_counter() - start
-            reports += [
-                LayerReport(f"{self._name}.{n}", group.hadamard_size, error, seconds) for n in group.names
-            ]
-        if work:
-            tensors = {f"{n}.{k}": t for n, layer in self._layers() for k, t in layer.state_dict().items()}
-            work.save(self._index, tensors, {"reports": [asdict(r) for r in reports]})
+        if finished is None:
+            return self._solve(batches, work, advance=advance)
+        reports = self._restore(*finished)
+        if advance:
+            self._advance(batches)
         return reports
 
-    def _observe(self, group: _Group, batch: _Batch, redirects: dict) -> None:
-        call = batch.calls[self._index]
-        original = None
-        if batch.original is not None:
-            original = run_until(self._module, batch.original.to(self._device), call, group.names)
-        x = run_until(self._module, batch.quantized.to(self._device), call, group.names, redirects)
-        group.observe(x, original)
+    def _solve(self, batches: list[_Batch], work: WorkDir | None, *, advance: bool) -> list[LayerReport]:
+        reports: list[LayerReport] = []
+        solved: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        last = len(self._groups) - 1
+        with paused_forwards(self._module, [group.names for group in self._groups]) as begin:
+            quantized, original = [], []
+            for batch in batches:
+                call = batch.calls[self._index]
+                quantized.append(begin(batch.quantized, call, solved))
+                original.append(None if batch.original is None else begin(batch.original, call, {}))
+            for index, group in enumerate(self._groups):
+                start = time.perf_counter()
+                for batch, forward, other in zip(batches, quantized, original, strict=True):
+                    group.observe(forward.input_of(index), None if other is None else other.input_of(index))
+                    if other is not None and advance and index == last:
+                        batch.original = (
+                            other.output()
+                        )  # it waits for no solve, and its memory is free sooner
+                error = group.solve()
+                solved |= group.simulated()
+                seconds = time.perf_counter() - start
+                reports += [
+                    LayerReport(f"{self._name}.{n}", group.hadamard_size, error, seconds) for n in group.names
+                ]
+            if work:
+                tensors = {
+                    f"{n}.{k}": t for n, layer in self._layers() for k, t in layer.state_dict().items()
+                }
+                work.save(self._index, tensors, {"reports": [asdict(r) for r in reports]})
+            if advance:
+                for batch, forward, other in zip(batches, quantized, original, strict=True):
+                    batch.quantized = forward.output()
+                    if other is not None:
+                        batch.original = other.output()
+        return reports
 
-    def advance(self, batches: list[_Batch]) -> None:
-        """Move both streams to the next block's input."""
-        redirects = {name: f for group in self._groups for name, f in group.simulated().items()}
+    def _advance(self, batches: list[_Batch]) -> None:
+        solved = {name: f for group in self._groups for name, f in group.simulated().items()}
         for batch in batches:
             call = batch.calls[self._index]
             if batch.original is not None:
-                batch.original = run_block(self._module, batch.original.to(self._device), call)
-            batch.quantized = run_block(self._module, batch.quantized.to(self._device), call, redirects)
+                batch.original = run_block(self._module, batch.original, call)
+            batch.quantized = run_block(self._module, batch.quantized, call, solved)
 
     def replace(self, model: nn.Module) -> None:
         """Put the FP4 linears in the place of the originals, which are freed."""

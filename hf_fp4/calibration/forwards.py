@@ -1,0 +1,155 @@
+"""Forwards of one block that wait where a group of linears is first read, so that each of them runs only once.
+
+A group is solved on the inputs of all batches, and what follows it in the block must be computed with the solved weights.
+So each batch's forward waits, in a thread of its own, until the caller lets it go on. One thread runs at a time.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import BlockCall, block_device, call_block, replaced_forward
+
+Functions = Mapping[str, Callable[[Tensor], Tensor]]
+"""What to call in the place of a linear's forward, by its name relative to the block."""
+
+
+@contextmanager
+def paused_forwards(
+    block: nn.Module, groups: Sequence[Sequence[str]]
+) -> Iterator[Callable[[Tensor, BlockCall, Functions], PausedForward]]:
+    """Context in which forwards of ``block`` pause at its ``groups`` (names relative to the block, in calling order).
+
+    Yields ``start(hidden, call, functions)``: a forward on ``hidden`` [B, T, hidden_size]; ``functions`` is read whenever
+    a linear is called, so it may grow meanwhile. On leaving the context, forwards that have not ended are given up.
+    """
+    running = threading.local()
+    forwards: list[PausedForward] = []
+
+    def start(hidden: Tensor, call: BlockCall, functions: Functions) -> PausedForward:
+        forwards.append(PausedForward(block, groups, hidden, call, functions, running))
+        return forwards[-1]
+
+    def dispatched(index: int, name: str, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:
+            return running.forward.linear(index, name, own, input)
+
+        return forward
+
+    with ExitStack() as stack:
+        for index, names in enumerate(groups):
+            for name in names:
+                linear = block.get_submodule(name)
+                stack.enter_context(replaced_forward(linear, dispatched(index, name, linear.forward)))
+        try:
+            yield start
+        finally:
+            for forward in forwards:
+                forward.abandon()
+
+
+class PausedForward:
+    """One forward of a block, of which nothing has run yet; `paused_forwards` makes it."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        groups: Sequence[Sequence[str]],
+        hidden: Tensor,
+        call: BlockCall,
+        functions: Functions,
+        running: Any,
+    ):
+        self._block, self._groups, self._functions, self._running = block, groups, functions, running
+        self._width = hidden.new_empty(0)
+        self._arguments: tuple[Tensor, BlockCall] | None = (hidden, call)
+        self._reached: set[int] = set()
+        self._at = -1
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+        self._error: BaseException | None = None
+        self._ended = self._abandoned = False
+        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._run,), daemon=True)
+
+    def input_of(self, index: int) -> Tensor:
+        """The input of group ``index``, where the forward then waits.
+
+        An empty [0, in_features] tensor when the block does not call the group, which is an expert that got no token.
+        Groups are asked for in their order.
+        """
+        while not self._ended and self._at < index:
+            self._advance()
+        if self._at == index and self._input is not None:
+            return self._input
+        width: Any = self._block.get_submodule(self._groups[index][0]).in_features
+        return self._width.new_empty(0, width)
+
+    def output(self) -> Tensor:
+        """The block's hidden states [B, T, hidden_size]."""
+        while not self._ended:
+            self._advance()
+        assert self._output is not None
+        return self._output
+
+    def _advance(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._go.release()
+        self._paused.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        self._running.forward = self
+        assert self._arguments is not None
+        (hidden, call), self._arguments = self._arguments, None
+        device = block_device(self._block)
+        try:
+            with torch.no_grad(), torch.cuda.device(device if device.type == "cuda" else -1):
+                self._output = call_block(self._block, hidden, call)
+        except _AbandonedForward:
+            pass
+        except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
+            self._error = error
+        self._input, self._ended = None, True
+        self._paused.release()
+
+    def linear(self, index: int, name: str, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What the linear ``name`` of group ``index`` gives, in this forward's thread; ``own`` is its own forward."""
+        if index not in self._reached:
+            self._wait_at(index, x)
+        return self._functions.get(name, own)(x)
+
+    def abandon(self) -> None:
+        """Unwind what is waiting."""
+        self._abandoned, self._arguments = True, None
+        if self._thread.ident is not None:
+            self._go.release()
+            self._thread.join()
+
+    def _wait_at(self, index: int, x: Tensor) -> None:
+        self._reached.add(index)
+        if index < self._at:
+            raise ValueError(
+                f"{type(self._block).__name__} calls {self._groups[index][0]} after {self._groups[self._at][0]} for some "
+                'inputs and before it for others; it cannot be calibrated, use method="rtn"'
+            )
+        self._at, self._input = index, x
+        self._paused.release()
+        self._go.acquire()
+        self._input = None
+        if self._abandoned:
+            raise _AbandonedForward
+
+
+class _AbandonedForward(BaseException):
+    """Unwinds a forward that nobody waits for any more; not an `Exception`, so that no model catches it."""

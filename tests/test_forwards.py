@@ -1,0 +1,170 @@
+"""Forwards that wait at each group of linears: what they hand over, what they compute afterwards, how they end."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from model_zoo import linear_names, tiny_model, tiny_tokens
+from test_capture import GROUPS, LLAMA_GROUPS, changed_modules, inputs_of, outputs_of, planned
+from torch import nn
+
+from hf_fp4.calibration.capture import BlockCall, capture_block_inputs, find_blocks, run_block
+from hf_fp4.calibration.forwards import paused_forwards
+
+
+def first_block(family: str, *seeds: int):
+    """A model, its first block, the block's groups, and for each batch of tokens (ids, what enters the block)."""
+    model, blocks, plans = planned(family)
+    batches = [tiny_tokens(seed=seed) for seed in seeds or (0,)]
+    inputs = capture_block_inputs(model, blocks, plans, batches)
+    return model, blocks.modules[0], plans[0].groups, list(zip(batches, inputs, strict=True))
+
+
+@pytest.mark.parametrize("family", GROUPS)
+def test_every_group_gives_its_input_and_the_block_its_output(family):
+    model, block, groups, batches = first_block(family, 0, 1)
+    expected = [
+        (
+            [inputs_of(model, block.get_submodule(names[0]), ids) for names in groups],
+            outputs_of(model, block, ids),
+        )
+        for ids, _ in batches
+    ]
+    with paused_forwards(block, groups) as start:
+        running = [start(inputs.hidden, inputs.calls[0], {}) for _, inputs in batches]
+        for index in range(len(groups)):
+            for forward, (seen, _) in zip(running, expected, strict=True):
+                assert torch.equal(forward.input_of(index), seen[index])
+        for forward, (_, output) in zip(running, expected, strict=True):
+            assert torch.equal(forward.output(), output)
+    assert changed_modules(model) == []
+
+
+def test_nothing_after_the_group_has_run_and_nothing_runs_twice():
+    _, block, groups, ((_, inputs),) = first_block("qwen3")
+    called: list[str] = []
+    with paused_forwards(block, groups) as start:
+        for name in linear_names(block):
+            block.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+        forward = start(inputs.hidden, inputs.calls[0], {})
+        for index in range(len(groups)):
+            forward.input_of(index)
+            assert called == [name for earlier in groups[:index] for name in earlier]
+        forward.output()
+        forward.output()
+    assert called == [name for names in groups for name in names]
+
+
+def test_functions_given_while_it_waits_reach_what_follows():
+    _, block, groups, ((_, inputs),) = first_block("llama")
+    call, functions = inputs.calls[0], {}
+    doubled = {"self_attn.v_proj": lambda x: nn.functional.linear(x, 2 * block.self_attn.v_proj.weight)}
+    with paused_forwards(block, groups) as start:
+        plain = start(inputs.hidden, call, {}).input_of(1)
+        forward = start(inputs.hidden, call, functions)
+        forward.input_of(0)
+        functions.update(doubled)
+        assert torch.equal(forward.input_of(1), 2 * plain)
+        output = forward.output()
+    assert torch.equal(output, run_block(block, inputs.hidden, call, doubled))
+
+
+def test_a_group_that_is_not_called_has_no_tokens():
+    _, block, groups, ((_, inputs),) = first_block("llama")
+    block.expert = nn.Linear(48, 16)
+    with paused_forwards(block, [*groups[:2], ["expert"], *groups[2:]]) as start:
+        forward = start(inputs.hidden, inputs.calls[0], {})
+        assert forward.input_of(1).shape == (2, 24, block.self_attn.o_proj.in_features)
+        assert forward.input_of(2).shape == (0, 48)
+        assert forward.input_of(4).shape == (2, 24, 160)
+
+
+def test_another_order_than_the_probes_is_refused():
+    _, block, groups, ((_, inputs),) = first_block("llama")
+    with paused_forwards(block, [groups[0], groups[2], groups[1], groups[3]]) as start:
+        forward = start(inputs.hidden, inputs.calls[0], {})
+        assert forward.input_of(1).numel() == 0  # it is at o_proj, which was to come later
+        with pytest.raises(ValueError, match="calls mlp.gate_proj after self_attn.o_proj"):
+            forward.input_of(3)
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_an_error_in_the_block_reaches_the_caller_and_leaves_the_block_as_it_was(moment):
+    model, block, groups, batches = first_block("llama", 0, 1)
+    before = threading.active_count()
+
+    def fail(x):
+        raise RuntimeError("inside the block")
+
+    expected = outputs_of(model, block, batches[0][0])
+    with (
+        pytest.raises(RuntimeError, match="inside the block"),
+        paused_forwards(block, groups) as start,
+    ):
+        for _, inputs in batches:
+            forward = start(inputs.hidden, inputs.calls[0], {LLAMA_GROUPS[moment][0]: fail})
+            forward.input_of(moment)
+        forward.output()
+    assert threading.active_count() == before
+    assert changed_modules(model) == []
+    assert torch.equal(outputs_of(model, block, batches[0][0]), expected)
+
+
+def test_an_unknown_linear_leaves_the_block_as_it_was():
+    model, block, groups, _ = first_block("llama")
+    with pytest.raises(AttributeError, match="no_such"), paused_forwards(block, [*groups, ["no_such"]]):
+        pytest.fail("an unknown module was accepted")
+    assert changed_modules(model) == []
+
+
+def test_abandoned_forwards_end_and_release_their_activations():
+    _, block, groups, ((_, inputs),) = first_block("llama")
+    before = threading.active_count()
+    gc.collect()
+    gc.disable()
+    try:
+        with paused_forwards(block, groups) as start:
+            waiting = start(inputs.hidden, inputs.calls[0], {})
+            references = [weakref.ref(waiting.input_of(3))]
+            never_started = start(inputs.hidden, inputs.calls[0], {})
+        assert threading.active_count() == before
+        assert [reference() for reference in references] == [None]
+        del waiting, never_started
+        references.append(weakref.ref(inputs.hidden))
+        del inputs
+        assert [reference() for reference in references] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_block_that_catches_every_exception_is_still_abandoned():
+    class Stubborn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, hidden):
+            try:
+                return self.linear(hidden)
+            except Exception:  # noqa: BLE001
+                return self.forward(hidden)
+
+    before = threading.active_count()
+    with paused_forwards(block := Stubborn(), [["linear"]]) as start:
+        assert start(torch.ones(1, 4), BlockCall((), {}), {}).input_of(0).shape == (1, 4)
+    assert threading.active_count() == before
+    assert "forward" not in block.linear.__dict__
+
+
+def test_gradients_are_off_inside_and_on_outside():
+    model = tiny_model("llama")
+    block = find_blocks(model).modules[0]
+    _, _, groups, ((_, inputs),) = first_block("llama")
+    with paused_forwards(block, groups) as start:
+        output = start(inputs.hidden, inputs.calls[0], {}).output()
+        assert torch.is_grad_enabled()
+    assert not output.requires_grad
