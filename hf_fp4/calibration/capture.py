@@ -367,6 +367,7 @@ def _run_model(model: PreTrainedModel, blocks: Blocks, input_ids: Tensor) -> Non
 
 
 def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """The block's hidden states [B, T, hidden_size], on its device, without any context of its own."""
     device = block_device(block)
     # New containers each time: what a block writes into a dict argument must not reach its next call.
     args = _map(call.args, lambda tensor: tensor.to(device))
@@ -404,6 +405,7 @@ def _hidden_of(output: Any, name: str) -> Tensor:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Call ``forward`` in the place of the module's own until the exit."""
     # In __dict__, because setattr would register an nn.Module; accelerate keeps its wrapper there too.
     had, previous = "forward" in module.__dict__, module.__dict__.get("forward")
     module.__dict__["forward"] = forward

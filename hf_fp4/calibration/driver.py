@@ -77,11 +77,19 @@ class Run:
 
 @dataclass
 class _Batch:
-    """One batch on its way through the blocks; `original` is None when there is no correction."""
+    """One batch on its way through the blocks; `original` is None when there is no correction.
+
+    Between blocks the original stream waits on `resting`, so that a GPU need not hold both streams.
+    """
 
     quantized: torch.Tensor
     original: torch.Tensor | None
     calls: list[BlockCall]
+    resting: torch.device
+
+    def rest(self, original: torch.Tensor) -> None:
+        """Take the original stream's next hidden states."""
+        self.original = original.to(self.resting)
 
 
 class _Group:
@@ -283,13 +291,18 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
         if isinstance(config.hadamard_group_size, int):
             require_divisor(config.hadamard_group_size, linear.in_features, name)
         require_finite(linear.weight, f"the weight of {name}")
+        if linear.bias is not None:
+            require_finite(linear.bias, f"the bias of {name}")
     plans = probe(model, blocks, data.batches[0][:1, :PROBE_TOKENS])
     groups, skipped = _plan_groups(blocks, plans, selection.selected, selection.skipped)
     work = _open_work_dir(model, config, data)
+    captured = list(capture_block_inputs(model, blocks, plans, data.batches))
+    resting = _resting_device([inputs.hidden for inputs in captured])
     batches = [
-        _Batch(inputs.hidden, inputs.hidden if config.uses_original_stream else None, inputs.calls)
-        for inputs in capture_block_inputs(model, blocks, plans, data.batches)
+        _Batch(inputs.hidden, inputs.hidden if config.uses_original_stream else None, inputs.calls, resting)
+        for inputs in captured
     ]
+    del captured
     reports: list[LayerReport] = []
     bar = logging.tqdm(total=len(blocks.modules), desc=f"MR-GPTQ {config.format}", unit="block")
     with bar:
@@ -317,9 +330,9 @@ class _Block:
         With ``advance`` both streams are moved to the next block's input.
         """
         finished = work.load(self._index) if work else None
-        if finished is None:
+        if finished is None and self._groups:
             return self._solve(batches, work, advance=advance)
-        reports = self._restore(*finished)
+        reports = self._restore(*finished) if finished else []
         if advance:
             self._advance(batches)
         return reports
@@ -339,9 +352,7 @@ class _Block:
                 for batch, forward, other in zip(batches, quantized, original, strict=True):
                     group.observe(forward.input_of(index), None if other is None else other.input_of(index))
                     if other is not None and advance and index == last:
-                        batch.original = (
-                            other.output()
-                        )  # it waits for no solve, and its memory is free sooner
+                        batch.rest(other.output())  # it waits for no solve, and its memory is free sooner
                 error = group.solve()
                 solved |= group.simulated()
                 seconds = time.perf_counter() - start
@@ -354,10 +365,8 @@ class _Block:
                 }
                 work.save(self._index, tensors, {"reports": [asdict(r) for r in reports]})
             if advance:
-                for batch, forward, other in zip(batches, quantized, original, strict=True):
+                for batch, forward in zip(batches, quantized, strict=True):
                     batch.quantized = forward.output()
-                    if other is not None:
-                        batch.original = other.output()
         return reports
 
     def _advance(self, batches: list[_Batch]) -> None:
@@ -365,7 +374,7 @@ class _Block:
         for batch in batches:
             call = batch.calls[self._index]
             if batch.original is not None:
-                batch.original = run_block(self._module, batch.original, call)
+                batch.rest(run_block(self._module, batch.original, call))
             batch.quantized = run_block(self._module, batch.quantized, call, solved)
 
     def replace(self, model: nn.Module) -> None:
@@ -395,6 +404,15 @@ class _Block:
                 layers[name] = layer
             group.restore(layers)
         return reports
+
+
+def _resting_device(hidden: list[torch.Tensor]) -> torch.device:
+    """Where a stream of this size waits: on its GPU if it takes at most a tenth of what is free there, else in CPU memory."""
+    device = hidden[0].device
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if 10 * sum(tensor.nbytes for tensor in hidden) <= free else torch.device("cpu")
 
 
 def _plan_groups(

@@ -93,11 +93,12 @@ class PausedForward:
         return self._width.new_empty(0, width)
 
     def output(self) -> Tensor:
-        """The block's hidden states [B, T, hidden_size]."""
+        """The block's hidden states [B, T, hidden_size]; they are handed over, so only once."""
         while not self._ended:
             self._advance()
         assert self._output is not None
-        return self._output
+        output, self._output = self._output, None
+        return output
 
     def _advance(self) -> None:
         if self._thread.ident is None:
