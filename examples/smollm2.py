@@ -29,28 +29,29 @@ def write_checkpoint(directory: str | Path) -> Path:
         ImportError: the package that ships the weights, or `gguf`, which reads them, is not installed.
     """
     directory = Path(directory)
-    if (directory / "config.json").is_file():
-        return directory
-    source = find_gguf().parent
+    if not (directory / "config.json").is_file():
+        # What the model's own tokenizer on the Hub says; transformers versions disagree on what the GGUF file means.
+        special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+        convert(find_gguf(), directory, special, model_max_length=8192)
+    return directory
+
+
+def convert(gguf: Path, directory: Path, special_tokens: dict[str, str], model_max_length: int) -> None:
+    """Write what a GGUF file holds as a bf16 checkpoint with its tokenizer; it appears when all of it is there."""
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    # What the model's own tokenizer on the Hub says; transformers versions disagree on what the GGUF file means.
-    tokenizer.add_special_tokens(
-        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    )
-    tokenizer.model_max_length = 8192
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.add_special_tokens(special_tokens)
+    tokenizer.model_max_length = model_max_length
     tokenizer.save_pretrained(partial)
     model = AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=GGUF_FILE,
+        gguf.parent,
+        gguf_file=gguf.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
     model.save_pretrained(partial)
     partial.rename(directory)
-    return directory
 
 
 def find_gguf() -> Path:

