@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from transformers import (
 
 import hf_fp4
 from hf_fp4 import FP4Linear, MRGPTQConfig
-from hf_fp4.calibration import driver
+from hf_fp4.calibration import driver, forwards
 from hf_fp4.formats import FP4Format
 from hf_fp4.gptq import round_weight
 from hf_fp4.rotation import rotate
@@ -237,7 +238,10 @@ def test_the_solver_alone_is_better_than_rounding(format, correlated):
     assert solved < 0.8 * rounded
 
 
-@pytest.mark.parametrize("fields", [{"scale_rule": "mse"}, {"act_order": False}, {"error_correction": 0.0}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"scale_rule": "mse"}, {"act_order": False}, {"error_correction": 0.0}, {"descent_passes": 0}],
+)
 def test_each_part_of_the_method_changes_the_result(fields, correlated):
     assert state_bytes(quantize(correlated)) != state_bytes(quantize(correlated, **fields))
 
@@ -309,6 +313,28 @@ def test_the_original_stream_runs_only_for_the_correction(fields, streams, zoo, 
     spy = Spy(monkeypatch)
     quantize(zoo("qwen2"), **fields)
     assert all((x is None) == (streams == 1) for seen in spy.original.values() for x in seen)
+
+
+def test_each_block_runs_once_per_batch_and_stream(zoo, monkeypatch):
+    calls, call_block = [], forwards.call_block
+
+    def counted(block, *args):
+        calls.append(block)
+        return call_block(block, *args)
+
+    monkeypatch.setattr(forwards, "call_block", counted)
+    blocks = original(zoo("llama")).config.num_hidden_layers
+    quantize(zoo("llama"))
+    assert len(calls) == blocks * 2 * 2
+    assert len(set(calls)) == blocks
+
+
+@pytest.mark.parametrize(("streams", "waits_on"), [(5, "cuda:0"), (11, "cpu")])
+def test_a_stream_that_would_fill_the_gpu_waits_in_cpu_memory(streams, waits_on, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
+    hidden = [SimpleNamespace(device=torch.device("cuda:0"), nbytes=1) for _ in range(streams)]
+    assert driver._resting_device(hidden) == torch.device(waits_on)
+    assert driver._resting_device([torch.ones(1)]) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("size", [None, 32])
