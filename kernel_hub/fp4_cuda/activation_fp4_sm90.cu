@@ -103,6 +103,13 @@ __device__ __forceinline__ uint32_t quantize_nvfp4(const Chunk& c, float global,
   return byte;
 }
 
+// A token's divisor: the power of two that takes its largest value to at most 256 * 6, so that multiplying by it is exact.
+__device__ __forceinline__ float token_range(float amax) {
+  const float ratio = __fdiv_rn(1536.0f, fmaxf(amax, 0x1p-100f));
+  const int exponent = min(max(static_cast<int>(__float_as_uint(ratio) >> 23) - 127, -100), 100);
+  return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
+}
+
 __device__ __forceinline__ int exponent_of_block(float amax) {
   return max(static_cast<int>(__float_as_uint(amax) >> 23) - 129, -127);
 }
@@ -269,8 +276,7 @@ __global__ void __launch_bounds__(512) activation_dynamic_kernel(const Activatio
   float global = 1.0f;
   int token_exponent = 0;
   if constexpr (F == Format::kNvfp4) {
-    global = amax > 0.0f ? __fdiv_rn(448.0f * 6.0f, amax) : 1.0f;
-    if (isinf(global)) global = 3.0e38f;
+    global = token_range(amax);
     if (threadIdx.x == 0) a.token_scale[token] = __fdiv_rn(1.0f, global);
   } else {
     // The largest block lands at E4M3 exponent 6 (7 would overflow); rule mse may raise a block by one.

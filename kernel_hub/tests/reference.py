@@ -81,10 +81,9 @@ def quantize_mxfp4(x: torch.Tensor, rule: str):
 
 
 def dynamic_global(x: torch.Tensor) -> torch.Tensor:
-    amax = x.abs().amax(-1, keepdim=True)
-    return torch.where(
-        amax > 0, torch.full_like(amax, 448.0 * 6.0) / amax, 1.0
-    )  # scalar / tensor rounds twice
+    """Per token the power of two that takes its largest value to at most 256 * 6."""
+    _, exponent = torch.frexp(1536.0 / x.abs().amax(-1, keepdim=True).clamp_min(2.0**-100))
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), (exponent - 1).clamp(-100, 100))
 
 
 def activation_values(x: torch.Tensor, mode, input_global_scale) -> torch.Tensor:
