@@ -68,7 +68,7 @@ class PausedForward:
         running: Any,
     ):
         self._block, self._groups, self._functions, self._running = block, groups, functions, running
-        self._width = hidden.new_empty(0)
+        self._nothing = hidden.new_empty(0)
         self._arguments: tuple[Tensor, BlockCall] | None = (hidden, call)
         self._reached: set[int] = set()
         self._at = -1
@@ -76,6 +76,8 @@ class PausedForward:
         self._output: Tensor | None = None
         self._error: BaseException | None = None
         self._ended = self._abandoned = False
+        device = block_device(block)  # a new thread would be on the first GPU and its default stream
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._run,), daemon=True)
 
@@ -90,7 +92,7 @@ class PausedForward:
         if self._at == index and self._input is not None:
             return self._input
         width: Any = self._block.get_submodule(self._groups[index][0]).in_features
-        return self._width.new_empty(0, width)
+        return self._nothing.new_empty(0, width)
 
     def output(self) -> Tensor:
         """The block's hidden states [B, T, hidden_size]; they are handed over, so only once."""
@@ -113,9 +115,8 @@ class PausedForward:
         self._running.forward = self
         assert self._arguments is not None
         (hidden, call), self._arguments = self._arguments, None
-        device = block_device(self._block)
         try:
-            with torch.no_grad(), torch.cuda.device(device if device.type == "cuda" else -1):
+            with torch.no_grad(), torch.cuda.stream(self._stream):
                 self._output = call_block(self._block, hidden, call)
         except _AbandonedForward:
             pass
