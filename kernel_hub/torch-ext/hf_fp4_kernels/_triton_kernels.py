@@ -128,7 +128,9 @@ def activation_kernel(
                 top = tl.load(amax_ptr + rows, mask=rows < M, other=0).to(tl.float32, bitcast=True)
                 # The power of two that takes the largest value to at most 256 * 6, so that multiplying by it is exact.
                 ratio = tl.math.div_rn(top * 0 + 1536.0, tl.maximum(top, 7.888609052210118e-31))  # 2**-100
-                g = _exp2_int(tl.minimum(tl.maximum((ratio.to(tl.int32, bitcast=True) >> 23) - 127, -100), 100))
+                g = _exp2_int(
+                    tl.minimum(tl.maximum((ratio.to(tl.int32, bitcast=True) >> 23) - 127, -100), 100)
+                )
             else:
                 g = tl.load(global_ptr) + tl.zeros([BM], tl.float32)
             if k_block == 0:
