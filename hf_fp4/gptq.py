@@ -110,7 +110,7 @@ def descend(
     """
     fmt, global_scale, size = quantized.format, quantized.global_scale, quantized.format.group_size
     target, current = _columns(None, weight, quantized.dequantize())
-    scale = quantized.scale.T.contiguous()
+    (scale,) = _columns(None, quantized.scale)
     matrix = second.clone()
     matrix.diagonal().add_(added)
     diagonal = matrix.diagonal().tolist()

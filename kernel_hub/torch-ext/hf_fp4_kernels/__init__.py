@@ -1,7 +1,8 @@
 """FP4 (NVFP4 and MXFP4) linear layers on the GPU: rotation, quantization, and matrix products with 4-bit weights.
 
 A weight is re-laid out once (`prepare_weight`); `linear` then runs any number of tokens. On compute capability 9.0 the
-compiled variant runs CUDA kernels, everywhere else (8.0 and newer) Triton ones. See the functions for shapes.
+compiled variant runs CUDA kernels, everywhere else (8.0 and newer) Triton ones. `gptq_solve` and `gptq_descend` choose the
+codes and block scales of a weight by GPTQ, in Triton on every GPU. See the functions for shapes.
 """
 
 from ._linear import (
@@ -23,9 +24,20 @@ __all__ = [
     "backend_of",
     "fp8_exact",
     "gemm",
+    "gptq_descend",
+    "gptq_solve",
     "linear",
     "prepare_activation",
     "prepare_weight",
     "restore_weight",
     "rotate_quantize",
 ]
+
+
+def __getattr__(name):
+    """The GPTQ functions when they are first asked for: they need Triton, and importing it takes a while."""
+    if name not in ("gptq_descend", "gptq_solve"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import _gptq
+
+    return getattr(_gptq, name)

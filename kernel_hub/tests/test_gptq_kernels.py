@@ -1,0 +1,231 @@
+"""The GPTQ kernels against `hf_fp4.gptq`, the same in PyTorch: compiled on a GPU, elsewhere in Triton's interpreter."""
+
+import importlib
+import os
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+pytest.importorskip("triton", reason="needs triton")
+gptq = pytest.importorskip("hf_fp4.gptq", reason="needs hf_fp4, the reference")
+
+from hf_fp4.formats import FP4Format
+from hf_fp4.hessian import inverse_cholesky
+from hf_fp4.scales import step, weight_global_scale, weight_scales
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FORMATS = list(FP4Format)
+ROWS = (5, 40)
+WIDTHS = (64, 160, 320)
+DAMP = 0.01
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The source file, as a part of a package that has nothing else: a build's other files need a GPU to be of use."""
+    name = "hf_fp4_kernels_source"
+    package = types.ModuleType(name)
+    package.__path__ = [str(ROOT / "torch-ext" / "hf_fp4_kernels")]
+    sys.modules[name] = package
+    module = importlib.import_module(f"{name}._gptq")
+    if DEVICE == "cpu":
+        module.ROWS = 32  # the interpreter's time goes by programs; 40 rows still take two of them
+    return module
+
+
+def correlated_inputs(tokens, features, generator):
+    """A few directions carry most of the energy, some channels are outliers."""
+    mixing = torch.randn(features, features, generator=generator) / features**0.5
+    x = (torch.randn(tokens, features, generator=generator) * torch.logspace(0, -1.5, features)) @ mixing
+    x[:, :: features // 4] *= 5
+    return x
+
+
+class Problem:
+    """A weight, its scales and the second moments of its inputs; made on the CPU, so that every device has the same.
+
+    shift: by how many powers of two the global scale is off, which takes the block scales to an end of their grid.
+    """
+
+    def __init__(self, fmt, rows, features, ordered=False, shift=0):
+        generator = torch.Generator().manual_seed(1000 * rows + features)
+        weight = torch.randn(rows, features, generator=generator) * 0.05
+        x = correlated_inputs(4 * features, features, generator)
+        second = x.T @ x / len(x)
+        global_scale = (
+            weight_global_scale(weight.abs().amax().view(1)) * 2.0**shift if fmt.has_global_scale else None
+        )
+        scale = weight_scales(weight, fmt, "mse", global_scale)
+        order = gptq.activation_order(second) if ordered else None
+        moments = second if order is None else second[order][:, order]
+        upper, _ = inverse_cholesky(moments, DAMP, "layer")
+        self.fmt, self.rows = fmt, rows
+        self.added = DAMP * second.diagonal().mean().item()
+        self.weight, self.second, self.scale, self.upper = (
+            tensor.to(DEVICE) for tensor in (weight, second, scale, upper)
+        )
+        self.global_scale, self.order = (None if t is None else t.to(DEVICE) for t in (global_scale, order))
+
+    def solved(self):
+        return gptq.solve(self.weight, self.scale, self.fmt, self.global_scale, self.upper, self.order)
+
+    @property
+    def damped(self):
+        return self.second + self.added * torch.eye(len(self.second), device=DEVICE)
+
+    def errors(self, values):
+        """Damped output error of each row, in float64."""
+        difference = self.weight.double() - values.double()
+        return ((difference @ self.damped.double()) * difference).sum(1)
+
+
+def solve(kernels, problem):
+    columns, steps, inverse = gptq._columns(
+        problem.order, problem.weight, *gptq._steps(problem.scale, problem.fmt, problem.global_scale)
+    )
+    return gptq._rows(problem.order, kernels.gptq_solve(columns, steps, inverse, problem.upper))
+
+
+def descend(kernels, problem, start, passes):
+    """Values [N, K] and scales [N, K/group] after the passes."""
+    target, current = gptq._columns(None, problem.weight, start.dequantize())
+    scale = start.scale.T.clone(memory_format=torch.contiguous_format)
+    kernels.gptq_descend(
+        target, current, scale, problem.damped, passes, problem.fmt.value, problem.global_scale
+    )
+    return current.T.contiguous(), scale.T.contiguous()
+
+
+def agreement(a, b):
+    return (a == b).float().mean().item()
+
+
+def check_values(problem, values, expected):
+    """Equal but for rounding ties, whose sides the order of additions decides."""
+    assert agreement(values, expected) >= 0.999
+    torch.testing.assert_close(
+        problem.errors(values).sum(), problem.errors(expected).sum(), rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["as is", "act order"])
+@pytest.mark.parametrize("features", WIDTHS)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_solve(kernels, fmt, rows, features, ordered):
+    problem = Problem(fmt, rows, features, ordered)
+    values = solve(kernels, problem)
+    assert values.dtype == torch.float32 and values.shape == (rows, features)
+    check_values(problem, values, problem.solved().dequantize())
+    assert not torch.signbit(values[values == 0]).any()
+
+
+@pytest.mark.parametrize("features", WIDTHS)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_descend(kernels, fmt, rows, features):
+    problem = Problem(fmt, rows, features)
+    start = problem.solved()
+    expected = gptq.descend(problem.weight, start, problem.second, problem.added, 2)
+    values, scale = descend(kernels, problem, start, 2)
+    check_values(problem, values, expected.dequantize())
+    assert agreement(scale.view(torch.uint8), expected.scale.view(torch.uint8)) >= 0.999
+    assert agreement(scale.view(torch.uint8), start.scale.view(torch.uint8)) < 1
+    again = gptq.round_weight(values, scale, fmt, problem.global_scale)
+    assert torch.equal(again.dequantize(), values), "values that are not on the grid of their scales"
+
+
+@pytest.mark.parametrize("shift", [-16, 5])
+def test_descend_at_the_ends_of_the_scales(kernels, shift):
+    """Scales that are subnormal or the largest, which have no neighbour on one side."""
+    problem = Problem(FP4Format.NVFP4, 5, 64, shift=shift)
+    stored = problem.scale.view(torch.uint8)
+    assert stored.min() == 1 if shift < 0 else stored.max() == 0x7E
+    start = problem.solved()
+    expected = gptq.descend(problem.weight, start, problem.second, problem.added, 2)
+    values, scale = descend(kernels, problem, start, 2)
+    check_values(problem, values, expected.dequantize())
+    assert torch.equal(scale.view(torch.uint8), expected.scale.view(torch.uint8))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_descend_takes_the_better_neighbour(kernels, fmt):
+    """Two groups in many rows, under scales that are off: often both neighbours are better than the one at hand."""
+    problem = Problem(fmt, 160, 2 * fmt.group_size)
+    offset = torch.randint(-1, 2, problem.scale.shape, generator=torch.Generator().manual_seed(0))
+    stored = problem.scale.view(torch.uint8) + (3 * offset if fmt.has_global_scale else offset).to(DEVICE)
+    problem.scale = stored.to(torch.uint8).view(fmt.scale_dtype)
+    start = problem.solved()
+    expected = gptq.descend(problem.weight, start, problem.second, problem.added, 1)
+    values, scale = descend(kernels, problem, start, 1)
+    check_values(problem, values, expected.dequantize())
+    assert torch.equal(scale.view(torch.uint8), expected.scale.view(torch.uint8))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_stored_scale_is_read_exactly(kernels, fmt):
+    """Values on the grid are at their best already, so they stay only if their scale is taken for what it is."""
+    low, high = fmt.scale_bytes
+    stored = torch.arange(low, high + 1, dtype=torch.uint8, device=DEVICE)[None, :]
+    scale = stored.clone().view(fmt.scale_dtype)
+    units = torch.tensor([0.5, -1.0, 1.5, 0.0], device=DEVICE).repeat(fmt.group_size // 4)[:, None]
+    divisor = torch.tensor([2.0**20], device=DEVICE) if fmt.has_global_scale else None
+    target = (units * step(scale, fmt, divisor)).contiguous()
+    current = target.clone()
+    identity = torch.eye(fmt.group_size, device=DEVICE)
+    kernels.gptq_descend(target, current, scale, identity, 1, fmt.value, divisor)
+    assert torch.equal(current, target)
+    assert torch.equal(scale.view(torch.uint8), stored)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_descend_never_raises_the_error_of_a_row(kernels, fmt):
+    problem = Problem(fmt, 24, 160, ordered=True)
+    start = problem.solved()
+    errors = [problem.errors(start.dequantize())]
+    for passes in (1, 3):
+        values, _ = descend(kernels, problem, start, passes)
+        errors.append(problem.errors(values))
+        assert (errors[-1] <= errors[-2] * (1 + 1e-6)).all()
+    assert errors[1].sum() < 0.97 * errors[0].sum()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_no_pass_and_no_row_change_nothing(kernels, fmt):
+    problem = Problem(fmt, 5, 64)
+    start = problem.solved()
+    values, scale = descend(kernels, problem, start, 0)
+    assert torch.equal(values, start.dequantize())
+    assert torch.equal(scale.view(torch.uint8), start.scale.view(torch.uint8))
+    empty = problem.weight.new_empty((64, 0))
+    assert kernels.gptq_solve(empty, empty, empty, problem.upper).shape == (64, 0)
+    no_scale = problem.scale.T[:, :0].contiguous()
+    kernels.gptq_descend(empty, empty, no_scale, problem.damped, 1, fmt.value, problem.global_scale)
+
+
+def test_wrong_arguments_are_refused(kernels):
+    problem = Problem(FP4Format.NVFP4, 5, 64)
+    target, scale, matrix = problem.weight.T.contiguous(), problem.scale.T.contiguous(), problem.damped
+    with pytest.raises(ValueError, match="contiguous"):
+        kernels.gptq_solve(problem.weight.T, target, target, problem.upper)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        kernels.gptq_solve(target[:60], target[:60], target[:60], problem.upper)
+    with pytest.raises(ValueError, match="matrix"):
+        kernels.gptq_solve(target, target, target, problem.upper[:32])
+    for arguments, message in (
+        ((scale, matrix, 1, "int4", problem.global_scale), "format"),
+        ((scale, matrix, 1, "nvfp4", None), "global_scale"),
+        ((scale.view(torch.uint8), matrix, 1, "nvfp4", problem.global_scale), "scale must be"),
+        ((scale, matrix, 1, "mxfp4", None), "scale must be"),
+        ((scale, matrix.double(), 1, "nvfp4", problem.global_scale), "matrix"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.gptq_descend(target, target.clone(), *arguments)

@@ -1,0 +1,264 @@
+"""The serial parts of GPTQ on an FP4 grid: the loop over columns, and the coordinate descent over codes and scales after it.
+
+A program takes a few rows of the weight and BLOCK of its columns. Columns are done in groups: what a column does to the
+rest of its group is applied at once, to the rest of the block when the group is done, to all later columns when the block
+is done, by one matrix product of torch (in the precision that torch is set to; this file needs real float32). Tensors are
+[K, N], one column of the weight contiguous.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._triton_kernels import _decode_e4m3, _exp2_int
+
+BLOCK = 128
+ROWS = 8
+"""Rows per program: 32 bytes of each column, the least that a GPU reads at once."""
+
+_SOLVE_GROUP = 16
+_GROUPS = {"nvfp4": 16, "mxfp4": 32}
+
+
+@triton.jit
+def _round_e2m1(x):
+    """To the nearest value, ties to even on the code, saturating. Zero has no sign, so that its code is 0."""
+    x = tl.where(x > 6.0, 6.0, tl.where(x < -6.0, -6.0, x))
+    size = tl.abs(x)
+    c = tl.where(size < 2.0, 6291456.0, tl.where(size < 4.0, 12582912.0, 25165824.0))  # 1.5 * 2**22, 23, 24
+    return (x + c) - c
+
+
+@triton.jit
+def _pick(tile, hit):
+    """The row of ``tile`` [*, ROWS] where ``hit`` [*, 1] is true."""
+    return tl.sum(tl.where(hit, tile, 0.0), 0)
+
+
+@triton.jit
+def _group_of(tile, group, BLOCK: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """Rows ``group * SIZE`` and on of ``tile`` [BLOCK, ROWS], [SIZE, ROWS]."""
+    parts = tl.reshape(tile, [BLOCK // SIZE, SIZE, ROWS])
+    return _pick(parts, (tl.arange(0, BLOCK // SIZE) == group)[:, None, None])
+
+
+@triton.jit
+def _subtract_products(tile, factors_ptr, stride, change, keep, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """``tile - factors.T @ change``: ``factors`` [SIZE, BLOCK] are read where ``keep`` [BLOCK] and zero elsewhere."""
+    places = tl.arange(0, BLOCK)
+    for i in range(SIZE):
+        factor = tl.load(factors_ptr + i * stride + places, mask=keep, other=0.0)
+        tile -= factor[:, None] * _pick(change, (tl.arange(0, SIZE) == i)[:, None])[None, :]
+    return tile
+
+
+@triton.jit
+def solve_kernel(
+    columns_ptr, steps_ptr, inverse_ptr, upper_ptr, quantized_ptr, errors_ptr, N, K,
+    COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Solve COUNT columns. Every pointer is at the block's first column, that of ``upper`` [K, K] at its diagonal."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = (rows < N)[None, :]
+    places = tl.arange(0, BLOCK)
+    within = tl.arange(0, SIZE)
+    block = places[:, None] * N + rows[None, :]
+    tile = tl.load(columns_ptr + block, mask=(places < COUNT)[:, None] & valid, other=0.0)
+    for group in range(COUNT // SIZE):
+        first = group * SIZE
+        offsets = (first + within)[:, None] * N + rows[None, :]
+        steps = tl.load(steps_ptr + offsets, mask=valid, other=0.0)
+        inverse = tl.load(inverse_ptr + offsets, mask=valid, other=0.0)
+        part = _group_of(tile, group, BLOCK, SIZE, ROWS)
+        quantized = tl.zeros([SIZE, ROWS], tl.float32)
+        errors = tl.zeros([SIZE, ROWS], tl.float32)
+        for i in range(SIZE):
+            hit = (within == i)[:, None]
+            factor = tl.load(upper_ptr + (first + i) * K + first + within, mask=within > i, other=0.0)
+            pivot = tl.load(upper_ptr + (first + i) * K + first + i)
+            rounded = _round_e2m1(part * inverse) * steps
+            missed = _pick(part - rounded, hit)
+            error = tl.math.div_rn(missed, tl.zeros_like(missed) + pivot)
+            part -= factor[:, None] * error[None, :]
+            quantized = tl.where(hit, rounded, quantized)
+            errors = tl.where(hit, error[None, :], errors)
+        tl.store(quantized_ptr + offsets, quantized, mask=valid)
+        tl.store(errors_ptr + offsets, errors, mask=valid)
+        keep = (places >= first + SIZE) & (places < COUNT)
+        tile = _subtract_products(tile, upper_ptr + first * K, K, errors, keep, BLOCK, SIZE)
+
+
+@triton.jit
+def _step(byte, divisor, NVFP4: tl.constexpr):
+    """What one unit of E2M1 is worth under a stored scale, and its inverse."""
+    if NVFP4:
+        scale = _decode_e4m3(byte)
+        divisor = tl.zeros_like(scale) + divisor
+        unit = tl.math.div_rn(scale, divisor)
+        inverse = tl.math.div_rn(divisor, scale)
+    else:
+        unit = _exp2_int(byte - 127)
+        inverse = _exp2_int(127 - byte)
+    return unit, inverse
+
+
+@triton.jit
+def descend_kernel(
+    current_ptr, gradient_ptr, scale_ptr, matrix_ptr, global_ptr, moved_ptr, N, K,
+    NVFP4: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Visit COUNT columns. Every pointer is at the block's first column, that of ``matrix`` [K, K] at its diagonal."""
+    LOW: tl.constexpr = 1 if NVFP4 else 0
+    HIGH: tl.constexpr = 0x7E if NVFP4 else 254
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = (rows < N)[None, :]
+    places = tl.arange(0, BLOCK)
+    within = tl.arange(0, SIZE)
+    divisor = tl.load(global_ptr)
+    block = places[:, None] * N + rows[None, :]
+    tile = tl.load(gradient_ptr + block, mask=(places < COUNT)[:, None] & valid, other=0.0)
+    for group in range(COUNT // SIZE):
+        first = group * SIZE
+        square_ptr = matrix_ptr + first * K + first
+        offsets = (first + within)[:, None] * N + rows[None, :]
+        before = tl.load(current_ptr + offsets, mask=valid, other=0.0)
+        stored = tl.load(scale_ptr + group * N + rows, mask=rows < N, other=127).to(tl.int32)
+        unit, inverse = _step(stored, divisor, NVFP4)
+        gradient = _group_of(tile, group, BLOCK, SIZE, ROWS)
+        # Codes, one after the other.
+        values = before
+        for i in range(SIZE):
+            hit = (within == i)[:, None]
+            factor = tl.load(square_ptr + i * K + within)
+            pivot = tl.zeros_like(gradient) + tl.load(square_ptr + i * K + i)
+            best = values + gradient * tl.math.div_rn(tl.zeros_like(pivot) + 1.0, pivot)
+            best = _round_e2m1(best * inverse[None, :]) * unit[None, :]
+            gradient += factor[:, None] * _pick(values - best, hit)[None, :]
+            values = tl.where(hit, best, values)
+        # The scale: each value is rounded from what would be best for it alone.
+        diagonal = tl.load(square_ptr + within * K + within)[:, None] + tl.zeros_like(gradient)
+        wanted = values + tl.math.div_rn(gradient, diagonal)
+        less = tl.maximum(stored - 1, LOW)
+        more = tl.minimum(stored + 1, HIGH)
+        less_unit, less_inverse = _step(less, divisor, NVFP4)
+        more_unit, more_inverse = _step(more, divisor, NVFP4)
+        less_values = _round_e2m1(wanted * less_inverse[None, :]) * less_unit[None, :]
+        more_values = _round_e2m1(wanted * more_inverse[None, :]) * more_unit[None, :]
+        less_change = less_values - values
+        more_change = more_values - values
+        less_product = tl.zeros_like(gradient)
+        more_product = tl.zeros_like(gradient)
+        for i in range(SIZE):
+            hit = (within == i)[:, None]
+            factor = tl.load(square_ptr + i * K + within)
+            less_product += factor[:, None] * _pick(less_change, hit)[None, :]
+            more_product += factor[:, None] * _pick(more_change, hit)[None, :]
+        less_error = tl.sum(less_change * (less_product - 2.0 * gradient), 0)
+        more_error = tl.sum(more_change * (more_product - 2.0 * gradient), 0)
+        take_less = less_error < 0.0
+        values = tl.where(take_less[None, :], less_values, values)
+        chosen = tl.where(take_less, less, stored)
+        take_more = more_error < tl.where(take_less, less_error, 0.0)
+        values = tl.where(take_more[None, :], more_values, values)
+        chosen = tl.where(take_more, more, chosen)
+        tl.debug_barrier()  # several threads may have read what one overwrites
+        tl.store(current_ptr + offsets, values, mask=valid)
+        tl.store(scale_ptr + group * N + rows, chosen.to(tl.uint8), mask=rows < N)
+        tl.store(moved_ptr + offsets, before - values, mask=valid)
+        keep = (places >= first + SIZE) & (places < COUNT)
+        tile = _subtract_products(tile, matrix_ptr + first * K, K, values - before, keep, BLOCK, SIZE)
+
+
+def _check(group, square, **tensors):
+    (name, first), *_ = tensors.items()
+    for key, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.shape != first.shape:
+            raise ValueError(f"{key} must be contiguous float32 of the shape of {name}, {tuple(first.shape)}")
+    k = first.shape[0]
+    if k % group:
+        raise ValueError(f"the first dimension of {name} must be a multiple of {group}, got {k}")
+    if square.dtype != torch.float32 or square.shape != (k, k):
+        raise ValueError(f"the matrix must be float32 [{k}, {k}], got {square.dtype} {tuple(square.shape)}")
+    return square.contiguous()  # a factorization returns its columns contiguous
+
+
+def gptq_solve(
+    columns: torch.Tensor, steps: torch.Tensor, inverse: torch.Tensor, upper: torch.Tensor
+) -> torch.Tensor:
+    """Quantizes column by column, each column's error moved onto the columns that are still to come (GPTQ).
+
+    Args:
+        columns: float32 [K, N], the weight's columns in the order in which they are solved; K a multiple of 16. It is used
+            as working memory: its contents are lost.
+        steps: float32 [K, N], what one unit of E2M1 is worth in every place.
+        inverse: float32 [K, N], its inverse.
+        upper: float32 [K, K], the upper Cholesky factor of the inverse of the damped second moments, in the same order.
+
+    Returns:
+        float32 [K, N], the dequantized values.
+    """
+    upper = _check(_SOLVE_GROUP, upper, columns=columns, steps=steps, inverse=inverse)
+    k, n = columns.shape
+    quantized = torch.empty_like(columns)
+    errors = columns.new_empty((min(BLOCK, k), n))
+    with torch.cuda.device_of(columns):
+        for start in range(0, k if n else 0, BLOCK):
+            stop = min(start + BLOCK, k)
+            solve_kernel[(triton.cdiv(n, ROWS),)](
+                columns[start:], steps[start:], inverse[start:], upper[start:, start:], quantized[start:], errors, n, k,
+                COUNT=stop - start, SIZE=_SOLVE_GROUP, BLOCK=BLOCK, ROWS=ROWS, num_warps=1,
+            )  # fmt: skip
+            if stop < k:
+                columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return quantized
+
+
+def gptq_descend(
+    target: torch.Tensor,
+    current: torch.Tensor,
+    scale: torch.Tensor,
+    matrix: torch.Tensor,
+    passes: int,
+    format: str,
+    global_scale: torch.Tensor | None = None,
+) -> None:
+    """Lowers each row's error ``(target - current)^T matrix (target - current)``, in place, by coordinate descent.
+
+    Group by group, every code is set to what leaves the least error while everything else stays as it is; then the group's
+    scale moves to a neighbour on its grid if the error is lower with it.
+
+    Args:
+        target: float32 [K, N], the weight's columns, in its own order; K a multiple of the format's group size.
+        current: float32 [K, N], the dequantized values; overwritten with the better ones.
+        scale: stored scales [K/16, N] float8_e4m3fn ("nvfp4") or [K/32, N] uint8 E8M0 ("mxfp4"); overwritten likewise.
+        matrix: float32 [K, K], the damped second moments (symmetric).
+        passes: how often all groups are visited.
+        format: "nvfp4" or "mxfp4".
+        global_scale: the NVFP4 divisor, float32 [1]; None for MXFP4.
+    """
+    if format not in _GROUPS:
+        raise ValueError(f"format must be 'nvfp4' or 'mxfp4', got {format!r}")
+    nvfp4, group = format == "nvfp4", _GROUPS[format]
+    matrix = _check(group, matrix, target=target, current=current)
+    k, n = current.shape
+    dtype = torch.float8_e4m3fn if nvfp4 else torch.uint8
+    if scale.dtype != dtype or scale.shape != (k // group, n) or not scale.is_contiguous():
+        raise ValueError(
+            f"scale must be contiguous {dtype} [{k // group}, {n}], got {scale.dtype} {tuple(scale.shape)}"
+        )
+    if nvfp4 != (global_scale is not None):
+        raise ValueError("global_scale must be given for nvfp4, and only for it")
+    stored = scale.view(torch.uint8)
+    moved = current.new_empty((min(BLOCK, k), n))
+    with torch.cuda.device_of(current):
+        for _ in range(passes if n else 0):
+            gradient = matrix @ (target - current)
+            for start in range(0, k, BLOCK):
+                stop = min(start + BLOCK, k)
+                descend_kernel[(triton.cdiv(n, ROWS),)](
+                    current[start:], gradient[start:], stored[start // group :], matrix[start:, start:],
+                    matrix if global_scale is None else global_scale, moved, n, k,
+                    NVFP4=nvfp4, COUNT=stop - start, SIZE=group, BLOCK=BLOCK, ROWS=ROWS, num_warps=1,
+                )  # fmt: skip
+                if stop < k:
+                    gradient[stop:].addmm_(matrix[stop:, start:stop], moved)
