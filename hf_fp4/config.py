@@ -38,7 +38,8 @@ class MRGPTQConfig(QuantizationConfigMixin):
         activation_scale_rule: block scales of activations: ``"absmax"``, ``"four_over_six"`` (nvfp4, its default) or
             ``"mse"`` (mxfp4, its default: the better of two exponents).
         act_order: quantize columns by descending second moment of their input; costs nothing at run time.
-        descent_passes: how often coordinate descent goes over all codes after the solve, which only visits each once; 0: not.
+        descent_passes: how often coordinate descent goes over all codes and block scales after the solve, which visits each
+            code only once; 0: not.
         error_correction: share, 0 to 1, of the asymmetric correction that makes a layer aim at what the original model
             gives on its own inputs rather than on the quantized model's; 0 turns it off.
         damp_percent: added to the diagonal of the second moments, as a share of its mean.

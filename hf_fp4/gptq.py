@@ -125,8 +125,7 @@ def descend(
                 for i in range(first, first + size):
                     best = torch.add(current[i], block[i - start], alpha=1 / diagonal[i])
                     best = round_to_e2m1(best.mul_(inverse)).mul_(units)
-                    block[i - start :].addr_(matrix[i, i:stop], current[i] - best)
-                    block[first - start : i - start].addr_(matrix[i, first:i], current[i] - best)
+                    block[first - start :].addr_(matrix[i, first:stop], current[i] - best)
                     current[i] = best
                 moved = _rescale(
                     scale[first // size],

@@ -8,11 +8,11 @@ import weakref
 
 import pytest
 import torch
-from model_zoo import linear_names, tiny_model, tiny_tokens
+from model_zoo import linear_names, tiny_tokens
 from test_capture import GROUPS, LLAMA_GROUPS, changed_modules, inputs_of, outputs_of, planned
 from torch import nn
 
-from hf_fp4.calibration.capture import BlockCall, capture_block_inputs, find_blocks, run_block
+from hf_fp4.calibration.capture import BlockCall, capture_block_inputs, run_block
 from hf_fp4.calibration.forwards import paused_forwards
 
 
@@ -160,9 +160,7 @@ def test_a_block_that_catches_every_exception_is_still_abandoned():
 
 
 def test_gradients_are_off_inside_and_on_outside():
-    model = tiny_model("llama")
-    block = find_blocks(model).modules[0]
-    _, _, groups, ((_, inputs),) = first_block("llama")
+    _, block, groups, ((_, inputs),) = first_block("llama")
     with paused_forwards(block, groups) as start:
         output = start(inputs.hidden, inputs.calls[0], {}).output()
         assert torch.is_grad_enabled()

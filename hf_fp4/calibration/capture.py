@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ _FINGERPRINT_VALUES = 64
 
 
 class _StopForward(Exception):
-    """Ends a forward early, on purpose; never leaves this module."""
+    """Ends a forward early, on purpose."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def redirect(block: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor
     """Call `functions[name](x)` in the place of the forward of the block's submodule `name`, until the exit."""
     with ExitStack() as stack:
         for name, function in functions.items():
-            stack.enter_context(replaced_forward(block.get_submodule(name), function))
+            stack.enter_context(_replaced_forward(block.get_submodule(name), function))
         yield
 
 
@@ -318,7 +318,6 @@ def _record_calls(
     model: PreTrainedModel, blocks: Blocks, plans: list[BlockPlan], input_ids: Tensor
 ) -> tuple[Tensor, list[BlockCall]]:
     """Run the model with every block replaced by the identity, and stop after the last block."""
-    stop = _StopForward()
     first: list[Tensor] = []
     calls: list[BlockCall] = []
 
@@ -331,14 +330,14 @@ def _record_calls(
             if index == 0:
                 first.append(hidden)
             if index == len(plans) - 1:
-                raise stop
+                raise _StopForward
             return hidden if length is None else (hidden, *[None] * (length - 1))
 
         return forward
 
-    with _stopped_by(stop), ExitStack() as stack:
+    with suppress(_StopForward), ExitStack() as stack:
         for index, block in enumerate(blocks.modules):
-            stack.enter_context(replaced_forward(block, recorder(index)))
+            stack.enter_context(_replaced_forward(block, recorder(index)))
         _run_model(model, blocks, input_ids)
     return first[0], calls
 
@@ -404,8 +403,7 @@ def _hidden_of(output: Any, name: str) -> Tensor:
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Call ``forward`` in the place of the module's own until the exit."""
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     # In __dict__, because setattr would register an nn.Module; accelerate keeps its wrapper there too.
     had, previous = "forward" in module.__dict__, module.__dict__.get("forward")
     module.__dict__["forward"] = forward
@@ -416,18 +414,6 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.__dict__["forward"] = previous
         else:
             del module.__dict__["forward"]
-
-
-@contextmanager
-def _stopped_by(stop: _StopForward) -> Iterator[None]:
-    try:
-        yield
-    except _StopForward as caught:
-        if caught is not stop:
-            raise
-    finally:
-        # Its traceback holds every frame of the forward, and with them the block's activations.
-        stop.__traceback__ = None
 
 
 def _identity_of(call: _LinearCall) -> tuple[Any, ...]:

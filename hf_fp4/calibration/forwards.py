@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import BlockCall, block_device, call_block, replaced_forward
+from .capture import BlockCall, block_device, call_block, redirect
 
 Functions = Mapping[str, Callable[[Tensor], Tensor]]
 """What to call in the place of a linear's forward, by its name relative to the block."""
@@ -43,11 +43,12 @@ def paused_forwards(
 
         return forward
 
-    with ExitStack() as stack:
-        for index, names in enumerate(groups):
-            for name in names:
-                linear = block.get_submodule(name)
-                stack.enter_context(replaced_forward(linear, dispatched(index, name, linear.forward)))
+    pausing = {
+        name: dispatched(index, name, block.get_submodule(name).forward)
+        for index, names in enumerate(groups)
+        for name in names
+    }
+    with redirect(block, pausing):
         try:
             yield start
         finally:

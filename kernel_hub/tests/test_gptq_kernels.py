@@ -116,6 +116,15 @@ def check_values(problem, values, expected):
     )
 
 
+def check_descent(kernels, problem, passes):
+    """Compare values with the reference's; returns them, and the bytes of the scales: the kernel's, the reference's, before."""
+    start = problem.solved()
+    expected = gptq.descend(problem.weight, start, problem.second, problem.added, passes)
+    values, scale = descend(kernels, problem, start, passes)
+    check_values(problem, values, expected.dequantize())
+    return values, *(each.view(torch.uint8) for each in (scale, expected.scale, start.scale))
+
+
 @pytest.mark.parametrize("ordered", [False, True], ids=["as is", "act order"])
 @pytest.mark.parametrize("features", WIDTHS)
 @pytest.mark.parametrize("rows", ROWS)
@@ -133,13 +142,10 @@ def test_solve(kernels, fmt, rows, features, ordered):
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_descend(kernels, fmt, rows, features):
     problem = Problem(fmt, rows, features)
-    start = problem.solved()
-    expected = gptq.descend(problem.weight, start, problem.second, problem.added, 2)
-    values, scale = descend(kernels, problem, start, 2)
-    check_values(problem, values, expected.dequantize())
-    assert agreement(scale.view(torch.uint8), expected.scale.view(torch.uint8)) >= 0.999
-    assert agreement(scale.view(torch.uint8), start.scale.view(torch.uint8)) < 1
-    again = gptq.round_weight(values, scale, fmt, problem.global_scale)
+    values, scale, expected, before = check_descent(kernels, problem, 2)
+    assert agreement(scale, expected) >= 0.999
+    assert agreement(scale, before) < 1
+    again = gptq.round_weight(values, scale.view(fmt.scale_dtype), fmt, problem.global_scale)
     assert torch.equal(again.dequantize(), values), "values that are not on the grid of their scales"
 
 
@@ -149,11 +155,8 @@ def test_descend_at_the_ends_of_the_scales(kernels, shift):
     problem = Problem(FP4Format.NVFP4, 5, 64, shift=shift)
     stored = problem.scale.view(torch.uint8)
     assert stored.min() == 1 if shift < 0 else stored.max() == 0x7E
-    start = problem.solved()
-    expected = gptq.descend(problem.weight, start, problem.second, problem.added, 2)
-    values, scale = descend(kernels, problem, start, 2)
-    check_values(problem, values, expected.dequantize())
-    assert torch.equal(scale.view(torch.uint8), expected.scale.view(torch.uint8))
+    _, scale, expected, _ = check_descent(kernels, problem, 2)
+    assert torch.equal(scale, expected)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -163,11 +166,8 @@ def test_descend_takes_the_better_neighbour(kernels, fmt):
     offset = torch.randint(-1, 2, problem.scale.shape, generator=torch.Generator().manual_seed(0))
     stored = problem.scale.view(torch.uint8) + (3 * offset if fmt.has_global_scale else offset).to(DEVICE)
     problem.scale = stored.to(torch.uint8).view(fmt.scale_dtype)
-    start = problem.solved()
-    expected = gptq.descend(problem.weight, start, problem.second, problem.added, 1)
-    values, scale = descend(kernels, problem, start, 1)
-    check_values(problem, values, expected.dequantize())
-    assert torch.equal(scale.view(torch.uint8), expected.scale.view(torch.uint8))
+    _, scale, expected, _ = check_descent(kernels, problem, 1)
+    assert torch.equal(scale, expected)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

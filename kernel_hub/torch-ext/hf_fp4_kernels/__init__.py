@@ -2,7 +2,7 @@
 
 A weight is re-laid out once (`prepare_weight`); `linear` then runs any number of tokens. On compute capability 9.0 the
 compiled variant runs CUDA kernels, everywhere else (8.0 and newer) Triton ones. `gptq_solve` and `gptq_descend` choose the
-codes and block scales of a weight by GPTQ, in Triton on every GPU. See the functions for shapes.
+codes and block scales of a weight by GPTQ, in Triton. See the functions for shapes.
 """
 
 from ._linear import (

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._triton_kernels import _decode_e4m3, _exp2_int
+from ._triton_kernels import _decode_e4m3, _exp2_int, _round_e2m1
 
 BLOCK = 128
 ROWS = 8
@@ -21,12 +21,9 @@ _GROUPS = {"nvfp4": 16, "mxfp4": 32}
 
 
 @triton.jit
-def _round_e2m1(x):
-    """To the nearest value, ties to even on the code, saturating. Zero has no sign, so that its code is 0."""
-    x = tl.where(x > 6.0, 6.0, tl.where(x < -6.0, -6.0, x))
-    size = tl.abs(x)
-    c = tl.where(size < 2.0, 6291456.0, tl.where(size < 4.0, 12582912.0, 25165824.0))  # 1.5 * 2**22, 23, 24
-    return (x + c) - c
+def _round(x):
+    """To the nearest E2M1 value; zero has no sign (-0 + 0 is 0), so that its code is 0."""
+    return _round_e2m1(x) + 0.0
 
 
 @triton.jit
@@ -76,7 +73,7 @@ def solve_kernel(
             hit = (within == i)[:, None]
             factor = tl.load(upper_ptr + (first + i) * K + first + within, mask=within > i, other=0.0)
             pivot = tl.load(upper_ptr + (first + i) * K + first + i)
-            rounded = _round_e2m1(part * inverse) * steps
+            rounded = _round(part * inverse) * steps
             missed = _pick(part - rounded, hit)
             error = tl.math.div_rn(missed, tl.zeros_like(missed) + pivot)
             part -= factor[:, None] * error[None, :]
@@ -132,7 +129,7 @@ def descend_kernel(
             factor = tl.load(square_ptr + i * K + within)
             pivot = tl.zeros_like(gradient) + tl.load(square_ptr + i * K + i)
             best = values + gradient * tl.math.div_rn(tl.zeros_like(pivot) + 1.0, pivot)
-            best = _round_e2m1(best * inverse[None, :]) * unit[None, :]
+            best = _round(best * inverse[None, :]) * unit[None, :]
             gradient += factor[:, None] * _pick(values - best, hit)[None, :]
             values = tl.where(hit, best, values)
         # The scale: each value is rounded from what would be best for it alone.
@@ -142,8 +139,8 @@ def descend_kernel(
         more = tl.minimum(stored + 1, HIGH)
         less_unit, less_inverse = _step(less, divisor, NVFP4)
         more_unit, more_inverse = _step(more, divisor, NVFP4)
-        less_values = _round_e2m1(wanted * less_inverse[None, :]) * less_unit[None, :]
-        more_values = _round_e2m1(wanted * more_inverse[None, :]) * more_unit[None, :]
+        less_values = _round(wanted * less_inverse[None, :]) * less_unit[None, :]
+        more_values = _round(wanted * more_inverse[None, :]) * more_unit[None, :]
         less_change = less_values - values
         more_change = more_values - values
         less_product = tl.zeros_like(gradient)
