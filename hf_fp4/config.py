@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .backends import KernelSource
 from .formats import FP4Format
 from .rotation import HADAMARD_SIZES
 from .scales import ACTIVATION_SCALE_RULES, WEIGHT_SCALE_RULES
@@ -16,7 +17,10 @@ QUANT_METHOD = "mr_gptq"
 DEFAULT_DATASET = "HuggingFaceFW/fineweb-edu:sample-10BT"
 
 _HOW_TO_LOAD = "pip install hf-fp4, then `import hf_fp4` before AutoModelForCausalLM.from_pretrained(...)"
-_NOT_SAVED = ("tokenizer", "batch_size", "work_dir")
+_LOADING_ATTRIBUTES = ("kernel_repo", "kernel_version", "trust_kernel_repo")
+"""A checkpoint does not have these: whoever loads it says which kernels run."""
+
+_NOT_SAVED = ("tokenizer", "batch_size", "work_dir", *_LOADING_ATTRIBUTES)
 
 
 @dataclass(repr=False)
@@ -51,6 +55,10 @@ class MRGPTQConfig(QuantizationConfigMixin):
         seed: which part of the dataset is used.
         modules_to_not_convert: names of modules that stay as they are, beside the output head, embeddings and routers.
         work_dir: a directory that keeps each finished block, so that a killed run resumes; ``None``: nothing is kept.
+        kernel_repo, kernel_version: the repository on the Hugging Face kernels hub that GPU kernels are loaded from, and the
+            version of its API. They are not saved: pass them again when you load a checkpoint. ``LOCAL_KERNELS`` works as
+            for every kernel.
+        trust_kernel_repo: load kernels from a publisher that the kernels hub does not know as trusted. That runs its code.
         modules: set by a run, not by you: the converted modules and the Hadamard size of each.
         calibration: set by a run, not by you: the fingerprint and description of the calibration data.
 
@@ -76,6 +84,9 @@ class MRGPTQConfig(QuantizationConfigMixin):
     seed: int = 0
     modules_to_not_convert: list[str] | None = None
     work_dir: str | os.PathLike | None = None
+    kernel_repo: str = KernelSource.repo
+    kernel_version: int = KernelSource.version
+    trust_kernel_repo: bool = KernelSource.trust
     modules: dict[str, int | None] | None = None
     calibration: dict[str, Any] | None = None
     quant_method: str = field(default=QUANT_METHOD, init=False)  # type: ignore[assignment]
@@ -95,7 +106,10 @@ class MRGPTQConfig(QuantizationConfigMixin):
             self.activation_scale_rule = rules[-1]
         _one_of(f"activation_scale_rule for {self.format}", self.activation_scale_rule, rules)
         _one_of("act_order", self.act_order, (True, False))
-        for name in ("num_samples", "sequence_length", "batch_size"):
+        _one_of("trust_kernel_repo", self.trust_kernel_repo, (True, False))
+        if not isinstance(self.kernel_repo, str) or self.kernel_repo.count("/") != 1:
+            raise ValueError(f'kernel_repo must be "owner/name" on the kernels hub, got {self.kernel_repo!r}')
+        for name in ("num_samples", "sequence_length", "batch_size", "kernel_version"):
             value = getattr(self, name)
             if not _is_number(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -125,6 +139,15 @@ class MRGPTQConfig(QuantizationConfigMixin):
             "damp_percent": 0.01,
         }
         return cls(format=format, **{**recipe, **overrides})
+
+    @property
+    def kernel_source(self) -> KernelSource:
+        """Where GPU kernels come from."""
+        return KernelSource(self.kernel_repo, self.kernel_version, self.trust_kernel_repo)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What transformers takes from a config that is passed to `from_pretrained` of a quantized checkpoint."""
+        return {name: getattr(self, name) for name in _LOADING_ATTRIBUTES}
 
     @property
     def fp4_format(self) -> FP4Format:
@@ -178,6 +201,12 @@ class MRGPTQConfig(QuantizationConfigMixin):
         """Rebuild a config from `to_dict`'s output; unknown keys are refused, they may change what the bytes mean."""
         values = {k: v for k, v in config_dict.items() if k not in ("quant_method", "how_to_load")}
         known = {f.name for f in fields(cls) if f.init}
+        named = sorted(set(values) & set(_LOADING_ATTRIBUTES))
+        if named:
+            raise ValueError(
+                f"a checkpoint may not choose what code runs, got {named} in its quantization config; remove them, and pass "
+                "quantization_config=MRGPTQConfig(kernel_repo=...) to from_pretrained if you trust that repository"
+            )
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(

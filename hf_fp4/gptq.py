@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .backends import REFERENCE, Kernels
 from .formats import FP4Format, decode_e2m1, encode_e2m1, pack, round_to_e2m1, unpack
 from .scales import inverse_step, step
 
@@ -58,6 +59,7 @@ def solve(
     global_scale: torch.Tensor | None,
     upper: torch.Tensor,
     order: torch.Tensor | None = None,
+    kernels: Kernels = REFERENCE,
 ) -> FP4Weight:
     """Quantize column by column, each column's error moved onto the columns that are still to come.
 
@@ -70,11 +72,23 @@ def solve(
         global_scale: the NVFP4 divisor, float32 [1]; None for MXFP4.
         upper: ``U`` of `hessian.inverse_cholesky` [K, K], of the second moments in the order ``order``.
         order: int64 [K], the columns in the order in which they are solved (activation order); None: as they are.
+        kernels: what runs the loop over the columns on the weight's device.
 
     Returns:
         The codes under the given scales, columns in the weight's own order.
     """
     columns, steps, inverse = _columns(order, weight, *_steps(scale, fmt, global_scale))
+    if kernels.module is not None:
+        quantized = kernels.module.gptq_solve(columns, steps, inverse, upper)
+    else:
+        quantized = _solve_columns(columns, steps, inverse, upper)
+    return round_weight(_rows(order, quantized), scale, fmt, global_scale)
+
+
+def _solve_columns(
+    columns: torch.Tensor, steps: torch.Tensor, inverse: torch.Tensor, upper: torch.Tensor
+) -> torch.Tensor:
+    """The values [K, N] that the loop over the columns gives; ``columns`` is overwritten."""
     errors = torch.empty(
         min(BLOCK, len(columns)), columns.shape[1], dtype=columns.dtype, device=columns.device
     )
@@ -90,11 +104,16 @@ def solve(
             torch.sub(block[i], quantized[start + i], out=errors[i]).div_(pivots[i])
             block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
-    return round_weight(_rows(order, quantized), scale, fmt, global_scale)
+    return quantized
 
 
 def descend(
-    weight: torch.Tensor, quantized: FP4Weight, second: torch.Tensor, added: float, passes: int = 1
+    weight: torch.Tensor,
+    quantized: FP4Weight,
+    second: torch.Tensor,
+    added: float,
+    passes: int = 1,
+    kernels: Kernels = REFERENCE,
 ) -> FP4Weight:
     """Lower the damped output error ``tr((W - Q) (S + d I) (W - Q)^T)`` by coordinate descent over codes and block scales.
 
@@ -107,12 +126,31 @@ def descend(
         second: ``S`` [K, K].
         added: ``d``, as `hessian.inverse_cholesky` gives it.
         passes: how often all groups are visited.
+        kernels: what does it on the weight's device.
     """
-    fmt, global_scale, size = quantized.format, quantized.global_scale, quantized.format.group_size
+    fmt, global_scale = quantized.format, quantized.global_scale
     target, current = _columns(None, weight, quantized.dequantize())
     (scale,) = _columns(None, quantized.scale)
     matrix = second.clone()
     matrix.diagonal().add_(added)
+    if kernels.module is not None:
+        kernels.module.gptq_descend(target, current, scale, matrix, passes, fmt.value, global_scale)
+    else:
+        _descend_columns(target, current, scale, matrix, passes, fmt, global_scale)
+    return round_weight(current.T.contiguous(), scale.T.contiguous(), fmt, global_scale)
+
+
+def _descend_columns(
+    target: torch.Tensor,
+    current: torch.Tensor,
+    scale: torch.Tensor,
+    matrix: torch.Tensor,
+    passes: int,
+    fmt: FP4Format,
+    global_scale: torch.Tensor | None,
+) -> None:
+    """Change ``current`` [K, N] and ``scale`` [K/group_size, N] for the better; ``matrix`` [K, K] is damped already."""
+    size = fmt.group_size
     diagonal = matrix.diagonal().tolist()
     for _ in range(passes):
         gradient = matrix @ (target - current)
@@ -138,7 +176,6 @@ def descend(
                 block[first - start :].addmm_(matrix[first:stop, group], moved, alpha=-1)
                 current[group] += moved
             gradient[stop:].addmm_(matrix[stop:, start:stop], before.sub_(current[start:stop]))
-    return round_weight(current.T.contiguous(), scale.T.contiguous(), fmt, global_scale)
 
 
 def _rescale(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +16,13 @@ from torch import nn
 
 from hf_fp4.calibration.capture import BlockCall, capture_block_inputs, run_block
 from hf_fp4.calibration.forwards import paused_forwards
+
+
+@contextmanager
+def pausing(block, groups):
+    """`paused_forwards` in threads of its own, which end with it: one that does not would be waited for, for ever."""
+    with ThreadPoolExecutor(2) as threads, paused_forwards(block, groups, threads) as start:
+        yield start
 
 
 def first_block(family: str, *seeds: int):
@@ -34,7 +43,7 @@ def test_every_group_gives_its_input_and_the_block_its_output(family):
         )
         for ids, _ in batches
     ]
-    with paused_forwards(block, groups) as start:
+    with pausing(block, groups) as start:
         running = [start(inputs.hidden, inputs.calls[0], {}) for _, inputs in batches]
         for index in range(len(groups)):
             for forward, (seen, _) in zip(running, expected, strict=True):
@@ -47,7 +56,7 @@ def test_every_group_gives_its_input_and_the_block_its_output(family):
 def test_nothing_after_the_group_has_run_and_nothing_runs_twice():
     _, block, groups, ((_, inputs),) = first_block("qwen3")
     called: list[str] = []
-    with paused_forwards(block, groups) as start:
+    with pausing(block, groups) as start:
         for name in linear_names(block):
             block.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
         forward = start(inputs.hidden, inputs.calls[0], {})
@@ -62,7 +71,7 @@ def test_functions_given_while_it_waits_reach_what_follows():
     _, block, groups, ((_, inputs),) = first_block("llama")
     call, functions = inputs.calls[0], {}
     doubled = {"self_attn.v_proj": lambda x: nn.functional.linear(x, 2 * block.self_attn.v_proj.weight)}
-    with paused_forwards(block, groups) as start:
+    with pausing(block, groups) as start:
         plain = start(inputs.hidden, call, {}).input_of(1)
         forward = start(inputs.hidden, call, functions)
         forward.input_of(0)
@@ -75,7 +84,7 @@ def test_functions_given_while_it_waits_reach_what_follows():
 def test_a_group_that_is_not_called_has_no_tokens():
     _, block, groups, ((_, inputs),) = first_block("llama")
     block.expert = nn.Linear(48, 16)
-    with paused_forwards(block, [*groups[:2], ["expert"], *groups[2:]]) as start:
+    with pausing(block, [*groups[:2], ["expert"], *groups[2:]]) as start:
         forward = start(inputs.hidden, inputs.calls[0], {})
         assert forward.input_of(1).shape == (2, 24, block.self_attn.o_proj.in_features)
         assert forward.input_of(2).shape == (0, 48)
@@ -84,7 +93,7 @@ def test_a_group_that_is_not_called_has_no_tokens():
 
 def test_another_order_than_the_probes_is_refused():
     _, block, groups, ((_, inputs),) = first_block("llama")
-    with paused_forwards(block, [groups[0], groups[2], groups[1], groups[3]]) as start:
+    with pausing(block, [groups[0], groups[2], groups[1], groups[3]]) as start:
         forward = start(inputs.hidden, inputs.calls[0], {})
         assert forward.input_of(1).numel() == 0  # it is at o_proj, which was to come later
         with pytest.raises(ValueError, match="calls mlp.gate_proj after self_attn.o_proj"):
@@ -102,7 +111,7 @@ def test_an_error_in_the_block_reaches_the_caller_and_leaves_the_block_as_it_was
     expected = outputs_of(model, block, batches[0][0])
     with (
         pytest.raises(RuntimeError, match="inside the block"),
-        paused_forwards(block, groups) as start,
+        pausing(block, groups) as start,
     ):
         for _, inputs in batches:
             forward = start(inputs.hidden, inputs.calls[0], {LLAMA_GROUPS[moment][0]: fail})
@@ -115,7 +124,7 @@ def test_an_error_in_the_block_reaches_the_caller_and_leaves_the_block_as_it_was
 
 def test_an_unknown_linear_leaves_the_block_as_it_was():
     model, block, groups, _ = first_block("llama")
-    with pytest.raises(AttributeError, match="no_such"), paused_forwards(block, [*groups, ["no_such"]]):
+    with pytest.raises(AttributeError, match="no_such"), pausing(block, [*groups, ["no_such"]]):
         pytest.fail("an unknown module was accepted")
     assert changed_modules(model) == []
 
@@ -126,7 +135,7 @@ def test_abandoned_forwards_end_and_release_their_activations():
     gc.collect()
     gc.disable()
     try:
-        with paused_forwards(block, groups) as start:
+        with pausing(block, groups) as start:
             waiting = start(inputs.hidden, inputs.calls[0], {})
             references = [weakref.ref(waiting.input_of(3))]
             never_started = start(inputs.hidden, inputs.calls[0], {})
@@ -153,7 +162,7 @@ def test_a_block_that_catches_every_exception_is_still_abandoned():
                 return self.forward(hidden)
 
     before = threading.active_count()
-    with paused_forwards(block := Stubborn(), [["linear"]]) as start:
+    with pausing(block := Stubborn(), [["linear"]]) as start:
         assert start(torch.ones(1, 4), BlockCall((), {}), {}).input_of(0).shape == (1, 4)
     assert threading.active_count() == before
     assert "forward" not in block.linear.__dict__
@@ -161,7 +170,27 @@ def test_a_block_that_catches_every_exception_is_still_abandoned():
 
 def test_gradients_are_off_inside_and_on_outside():
     _, block, groups, ((_, inputs),) = first_block("llama")
-    with paused_forwards(block, groups) as start:
+    with pausing(block, groups) as start:
         output = start(inputs.hidden, inputs.calls[0], {}).output()
         assert torch.is_grad_enabled()
     assert not output.requires_grad
+
+
+def test_the_same_threads_serve_every_block():
+    """CUDA's libraries keep handles and plans per thread; new ones for each block took most of a run's time."""
+    _, block, groups, batches = first_block("llama", 0, 1)
+    seen = set()
+
+    def note(x):
+        seen.add(threading.get_ident())
+        return block.get_submodule(groups[-1][0]).weight.new_zeros(*x.shape[:-1], block.hidden_size)
+
+    with ThreadPoolExecutor(len(batches)) as threads:
+        for _ in range(6):
+            with paused_forwards(block, groups, threads) as start:
+                running = [start(inputs.hidden, inputs.calls[0], {groups[-1][0]: note}) for _, inputs in batches]
+                for forward in running:
+                    forward.input_of(0)  # all of them wait at once
+                for forward in running:
+                    forward.output()
+    assert len(seen) == len(batches)

