@@ -9,6 +9,7 @@ import re
 import tempfile
 import types
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
+from .backends import describe, select
 from .calibration.capture import find_blocks, require_finite
 from .calibration.data import calibration_batches
 from .calibration.driver import LayerReport, new_layer, quantize_model
 from .config import QUANT_METHOD, MRGPTQConfig
 from .gptq import round_weight
-from .layers.linear import FP4Linear
+from .layers.linear import FP4Linear, use_kernels
 from .layers.replace import describe_skipped, linear_at, replace_linears, select_linears
 from .rotation import largest_size, require_divisor, rotate
 from .scales import fused_partners, weight_global_scale, weight_scales
@@ -41,6 +44,8 @@ _ROUNDED_AT_ONCE = {"cpu": 1 << 16}
 _ROUNDED_AT_ONCE_ELSEWHERE = 1 << 24
 
 register_quantization_config(QUANT_METHOD)(MRGPTQConfig)
+# There is no way to register that a config has loading attributes.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (MRGPTQConfig,)  # type: ignore[assignment]
 
 
 @register_quantizer(QUANT_METHOD)
@@ -144,6 +149,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
     # --- after the weights are read
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._explain_backends(model)
         if self.pre_quantized:
             _check_layers(model)
         elif self._on_load is not None:
@@ -155,8 +161,17 @@ class MRGPTQHfQuantizer(HfQuantizer):
             self._calibrate(model)
         if self.skipped:
             logger.warning(f"not converted to FP4: {describe_skipped(self.skipped)}")
+        use_kernels(model, self.quantization_config.kernel_source)
         model.save_pretrained = types.MethodType(_save_in_one_step, model)  # type: ignore[method-assign]
         return model
+
+    def _explain_backends(self, model: PreTrainedModel) -> None:
+        """Say once why a GPU runs the reference; before a calibration, which takes longer as well."""
+        source = self.quantization_config.kernel_source
+        for device in {tensor.device for tensor in (*model.parameters(), *model.buffers())}:
+            found = select(source, device)
+            if found.module is None and found.turned_down:
+                logger.warning_once(f"{describe(found, source)}. `hf-fp4 doctor` says more.")
 
     def _calibrate(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
@@ -364,8 +379,11 @@ def _save_in_one_step(
         raise ValueError(f"{target} is a file; save_pretrained needs a directory")
     existed = target.exists()
     target.mkdir(parents=True, exist_ok=True)
+    layers = [module for module in model.modules() if isinstance(module, FP4Linear)]
     try:
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging, ExitStack() as stored:
+            for layer in layers:  # one by one: a state dict of restored weights would hold all of them twice
+                stored.enter_context(layer.stored_layout())
             if kwargs.get("push_to_hub"):
                 kwargs.setdefault("repo_id", target.name)
             type(model).save_pretrained(model, staging, *args, **kwargs)

@@ -83,6 +83,11 @@ def _load(source: KernelSource) -> ModuleType:
 
 def describe(found: Kernels, source: KernelSource) -> str:
     """One sentence for a person: what runs, and why nothing better does."""
-    reasons = {reason: [n for n, r in found.turned_down.items() if r == reason] for reason in found.turned_down.values()}
+    reasons = {
+        reason: [n for n, r in found.turned_down.items() if r == reason]
+        for reason in found.turned_down.values()
+    }
     text = "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in reasons.items())
-    return f"FP4 linears run on the {found.backend} backend" + (f", kernels of {source}: {text}" if text else "")
+    return f"FP4 linears run on the {found.backend} backend" + (
+        f", kernels of {source}: {text}" if text else ""
+    )

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..backends import describe, select
+from ..backends import select
 from ..backends.reference import compute_dtype, matmul, quantize_input
 from ..config import MRGPTQConfig
 from ..formats import dequantize_blocks
@@ -229,9 +229,7 @@ class _Group:
         self._input_scale = layers[self.names[0]].input_global_scale
 
     def _install(self, name: str, layer: FP4Linear) -> None:
-        self._dequantized[name] = dequantize_blocks(
-            layer.weight, layer.weight_scale, self._format, self._dtype
-        )
+        self._dequantized[name] = dequantize_blocks(*layer.stored(), self._format, self._dtype)
         self.solved[name] = layer
 
     def simulated(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

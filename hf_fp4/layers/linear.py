@@ -1,18 +1,32 @@
-"""`FP4Linear`: the module that takes the place of `nn.Linear`."""
+"""`FP4Linear`: the module that takes the place of `nn.Linear`; and which of them share the work on their input."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import ops
+from ..backends import REFERENCE, Kernels, KernelSource, select
 from ..formats import FP4Format, dequantize_blocks
 from ..gptq import FP4Weight
 from ..rotation import rotate
+from ..scales import fused_partners
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+_KERNEL_ROWS = 16
+"""Kernels take outputs in multiples of this."""
 
 
 class FP4Linear(nn.Module):
-    """A linear layer on a packed FP4 weight; ``forward`` is one call of `ops.linear`.
+    """A linear layer on a packed FP4 weight.
+
+    ``forward`` is one call of `ops.linear`, the reference backend, until `use_kernels` finds kernels for the layer's device.
+    These read the weight in a layout of their own: ``weight`` is then what their ``prepare_weight`` made of ``weight`` and
+    ``weight_scale``, ``row_scale`` goes with it, and ``weight_scale`` is None. State dicts hold the bytes on disk either way.
 
     Buffers (the bytes on disk):
         weight: uint8 [out_features, in_features/2], low nibble = even k, code = sign << 3 | e2m1.
@@ -32,7 +46,8 @@ class FP4Linear(nn.Module):
     """
 
     weight: torch.Tensor
-    weight_scale: torch.Tensor
+    weight_scale: torch.Tensor | None
+    row_scale: torch.Tensor | None
     weight_global_scale: torch.Tensor | None
     input_global_scale: torch.Tensor | None
 
@@ -66,8 +81,13 @@ class FP4Linear(nn.Module):
 
         self.register_buffer("weight", empty(out_features, in_features // 2, dtype=torch.uint8))
         self.register_buffer("weight_scale", empty(out_features, groups, dtype=format.scale_dtype))
+        self.register_buffer("row_scale", None, persistent=False)
         self.register_buffer("weight_global_scale", divisor(format.has_global_scale))
         self.register_buffer("input_global_scale", divisor(static_input_scale))
+        self.kernels = REFERENCE
+        self._source: KernelSource | None = None
+        self._fp8 = False
+        self._shared: _SharedTokens | None = None
         self.bias = nn.Parameter(empty(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @property
@@ -80,46 +100,128 @@ class FP4Linear(nn.Module):
         self, weight: FP4Weight, bias: torch.Tensor | None, input_global_scale: torch.Tensor | None
     ) -> None:
         """Take over a solved weight, and the bias and input scale that go with it."""
-        self.weight, self.weight_scale = weight.packed, weight.scale
-        self.weight_global_scale = weight.global_scale
-        self.input_global_scale = input_global_scale
-        if bias is not None:
-            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        with self.stored_layout():
+            self.weight, self.weight_scale = weight.packed, weight.scale
+            self.weight_global_scale = weight.global_scale
+            self.input_global_scale = input_global_scale
+            if bias is not None:
+                self.bias = nn.Parameter(bias.detach(), requires_grad=False)
 
     def check(self, name: str) -> None:
         """Raise ValueError if a scale is misshapen, zero, negative or non-finite; ``name`` is used in the message."""
-        ops.check_linear(
-            name, self.weight, self.weight_scale, self.global_scales, self.format, self.hadamard_size
+        ops.check_linear(name, *self.stored(), self.global_scales, self.format, self.hadamard_size)
+
+    # --- layouts
+
+    def use_kernels(self, source: KernelSource | None) -> Kernels:
+        """Choose the backend for the layer's device and lay out the weight for it; None: the reference, the stored layout.
+
+        The choice is made again whenever the layer moves. Returns what was found; `self.kernels` is what runs, which is the
+        reference as well if the kernels cannot take the layer (out_features that are no multiple of 16).
+        """
+        self.weight, self.weight_scale = self.stored()
+        self.row_scale, self.kernels, self._source = None, REFERENCE, source
+        if source is None or self.weight.is_meta:
+            return REFERENCE
+        found = select(source, self.weight.device)
+        if found.module is None or self.out_features % _KERNEL_ROWS:
+            return found
+        quantizes = self.activation_scale_rule is not None
+        self._fp8 = (
+            self.format is FP4Format.MXFP4
+            and quantizes
+            and found.module.fp8_exact(self.weight, self.weight_scale)
         )
+        self.weight, self.row_scale = found.module.prepare_weight(
+            self.weight, self.weight_scale, self.weight_global_scale
+        )
+        self.weight_scale, self.kernels = None, found
+        return found
+
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``weight`` and ``weight_scale`` as they are on disk, restored if the layer has another layout."""
+        if self.kernels.module is None:
+            assert self.weight_scale is not None
+            return self.weight, self.weight_scale
+        return self.kernels.module.restore_weight(
+            self.weight, self.row_scale, self.out_features, self.in_features
+        )
+
+    @contextmanager
+    def stored_layout(self) -> Iterator[None]:
+        """Context in which the buffers are the bytes on disk; afterwards they are laid out for the device they are on."""
+        source = self._source
+        self.use_kernels(None)
+        try:
+            yield
+        finally:
+            self.use_kernels(source)
 
     def _apply(self, fn, recurse: bool = True):
         """`model.to(dtype)` and `.half()` move the packed weight and its scales, and cast only the bias."""
-        kept = {id(buffer) for buffer in self.buffers(recurse=False)}
+        with self.stored_layout():
+            kept = {id(buffer) for buffer in self.buffers(recurse=False)}
 
-        def apply(tensor: torch.Tensor) -> torch.Tensor:
-            changed = fn(tensor)
-            return (
-                tensor.to(changed.device) if id(tensor) in kept and changed.dtype != tensor.dtype else changed
-            )
+            def apply(tensor: torch.Tensor) -> torch.Tensor:
+                changed = fn(tensor)
+                return (
+                    tensor.to(changed.device)
+                    if id(tensor) in kept and changed.dtype != tensor.dtype
+                    else changed
+                )
 
-        return super()._apply(apply, recurse)
+            return super()._apply(apply, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = self.stored()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self.stored_layout():
+            super()._load_from_state_dict(*args, **kwargs)
+
+    # --- what it computes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(
-            x,
-            self.weight,
-            self.weight_scale,
-            self.weight_global_scale,
-            self.input_global_scale,
-            self.bias,
-            self.format.value,
-            self.activation_scale_rule,
-            self.hadamard_size or 0,
-        )
+        if self.kernels.module is None or x.dtype not in _KERNEL_DTYPES:
+            return ops.linear(
+                x,
+                *self.stored(),
+                self.weight_global_scale,
+                self.input_global_scale,
+                self.bias,
+                self.format.value,
+                self.activation_scale_rule,
+                self.hadamard_size or 0,
+            )
+        if torch.is_grad_enabled() and (
+            x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        ):
+            return _DifferentiableLinear.apply(x, self.bias, self)
+        return self._run(x)
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        module: Any = self.kernels.module
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self._shared is not None:
+            return module.gemm(self._shared.tokens_of(self, x), self.weight, self.row_scale, bias)
+        return module.linear(x, self.weight, self.row_scale, bias, **self._input_arguments)
+
+    @property
+    def _input_arguments(self) -> dict[str, Any]:
+        """What the kernels are told about the input; `_SharedTokens` needs it to be the same in all its layers."""
+        rule = self.activation_scale_rule
+        return {
+            "activations": "bf16" if rule is None else "fp4",
+            "rule": rule or "absmax",
+            "hadamard": self.hadamard_size,
+            "input_global_scale": self.input_global_scale,
+            "fp8": self._fp8,
+        }
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that this layer stands for, rotated back, [out_features, in_features] in ``dtype``."""
-        values = dequantize_blocks(self.weight, self.weight_scale, self.format, torch.float32)
+        values = dequantize_blocks(*self.stored(), self.format, torch.float32)
         if self.weight_global_scale is not None:
             values /= self.weight_global_scale
         return rotate(values, self.hadamard_size).to(dtype)
@@ -130,3 +232,103 @@ class FP4Linear(nn.Module):
             f"{self.format.value}, {'W4A16' if self.activation_scale_rule is None else 'W4A4'}, "
             f"hadamard={self.hadamard_size}"
         )
+
+
+class _DifferentiableLinear(torch.autograd.Function):
+    """A layer's kernels forward; backward as `ops.linear`'s: straight through the quantization of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: FP4Linear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer._run(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        layer = ctx.layer
+        x = bias = None
+        if ctx.needs_input_grad[0]:
+            x = torch.ops.hf_fp4.linear_input_gradient(
+                gradient,
+                *layer.stored(),
+                layer.weight_global_scale,
+                layer.format.value,
+                layer.hadamard_size or 0,
+            )
+        if ctx.needs_input_grad[1]:
+            bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(layer.bias.dtype)
+        return x, bias, None
+
+
+class _SharedTokens:
+    """The rotated and quantized input of layers that are called on the same tensor, such as q, k and v: made once.
+
+    It is kept from the first layer's call until each of the others has taken it, and made anew whenever that is not sure to
+    be right: for another tensor or one that was written to, for a layer that took it before, on another stream, and between
+    what is captured in a CUDA graph and what is not.
+    """
+
+    def __init__(self, layers: list[FP4Linear]):
+        self._count = len(layers)
+        self._held: tuple[torch.Tensor, Any, Any, tuple[FP4Linear, ...]] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # the copies' layers work one by one until `use_kernels` pairs them
+
+    def tokens_of(self, layer: FP4Linear, x: torch.Tensor) -> Any:
+        """The kernels' ``PreparedTokens`` for ``x``."""
+        held, moment = self._held, _moment(x)
+        if (
+            held is not None
+            and held[0] is x
+            and held[1] == moment
+            and all(taker is not layer for taker in held[3])
+        ):
+            tokens, takers = held[2], (*held[3], layer)
+        else:
+            module: Any = layer.kernels.module
+            tokens = module.prepare_activation(x, format=layer.format.value, **layer._input_arguments)
+            takers = (layer,)
+        self._held = None if len(takers) == self._count else (x, moment, tokens, takers)
+        return tokens
+
+
+def _moment(x: torch.Tensor) -> Any:
+    """What must not change between two calls for them to see the same values of ``x`` in the same order of execution."""
+    if torch.compiler.is_compiling():
+        return None  # one trace, one stream
+    version = None if x.is_inference() else x._version
+    if not x.is_cuda:
+        return version
+    return version, torch.cuda.current_stream(x.device), torch.cuda.is_current_stream_capturing()
+
+
+def use_kernels(model: nn.Module, source: KernelSource) -> set[Kernels]:
+    """`FP4Linear.use_kernels` on every layer of ``model``, and one preparation of the input where layers share it.
+
+    Returns what was found for the devices of the layers.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FP4Linear)}
+    found = {layer.use_kernels(source) for layer in layers.values() if not layer.weight.is_meta}
+    for name, layer in layers.items():
+        partners = [layers[n] for n in fused_partners(name) if n in layers]
+        if layer is partners[0]:
+            alike = [layer for layer in partners if _takes_same_input(layer, partners[0])]
+            shared = _SharedTokens(alike) if len(alike) > 1 else None
+            for partner in partners:
+                partner._shared = shared if partner in alike else None
+    return found
+
+
+def _takes_same_input(a: FP4Linear, b: FP4Linear) -> bool:
+    if (
+        a.kernels.module is None
+        or a.kernels is not b.kernels
+        or (a.format, a.in_features) != (b.format, b.in_features)
+    ):
+        return False
+    mine, other = a._input_arguments, b._input_arguments
+    scales = [arguments.pop("input_global_scale") for arguments in (mine, other)]
+    same = scales[0] is scales[1] or (
+        None not in scales and scales[0].device == scales[1].device and torch.equal(*scales)
+    )
+    return same and mine == other and a.weight.device == b.weight.device
