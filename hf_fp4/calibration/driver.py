@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -50,6 +51,9 @@ from .forwards import paused_forwards
 PROBE_TOKENS = 16
 ROTATION_TOKENS, ROTATION_ROWS = 4096, 256
 """Tokens and output rows on which the Hadamard size of a group is chosen."""
+
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN's: it plans its attention anew in every thread, 0.06 s each on an H100, and there are two per batch."""
 
 _PROVISIONAL_HEADROOM = 8.0
 """Over the first batch's maximum, until the maximum of all batches is known; a power of two, so rounding agrees."""
@@ -306,7 +310,7 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     del captured
     reports: list[LayerReport] = []
     bar = logging.tqdm(total=len(blocks.modules), desc=f"MR-GPTQ {config.format}", unit="block")
-    with bar, ThreadPoolExecutor(2 * len(batches), "calibration") as threads:
+    with bar, sdpa_kernel(_ATTENTION), ThreadPoolExecutor(2 * len(batches), "calibration") as threads:
         for index, name in enumerate(blocks.names):
             block = _Block(blocks.modules[index], name, index, groups[index], config, threads)
             reports += block.quantize(batches, work, advance=index < len(blocks.modules) - 1)

@@ -2,7 +2,7 @@
 
 A group is solved on the inputs of all batches, and what follows it in the block must be computed with the solved weights.
 So each batch's forward waits, in a thread of its own, until the caller lets it go on. One thread runs at a time. The threads
-serve block after block: what CUDA's libraries prepare for a thread (an attention's plan takes 0.1 s) is prepared once.
+serve block after block: what CUDA's libraries prepare for each thread is prepared once.
 """
 
 from __future__ import annotations

@@ -1,0 +1,244 @@
+"""Models on a GPU with the kernels of kernel_hub, as a user runs them.
+
+    make -C kernel_hub && python -m pytest tests/test_gpu.py
+
+takes the kernels that were built there, unless ``LOCAL_KERNELS`` names others.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from model_zoo import tiny_tokens
+from tolerances import FLOOR, relative_error
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hf_fp4 import MRGPTQConfig
+from hf_fp4.backends import KernelSource, hub, select
+from hf_fp4.layers.linear import FP4Linear, use_kernels
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+BUILD = Path(__file__).parents[1] / "kernel_hub" / "build"
+SOURCE = KernelSource()
+FORMATS = ("nvfp4", "mxfp4")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    """The kernels under test; a GPU that would run the reference fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "LOCAL_KERNELS" not in os.environ:
+            if not BUILD.is_dir():
+                pytest.skip("no kernels: run make -C kernel_hub, or set LOCAL_KERNELS")
+            patch.setenv("LOCAL_KERNELS", f"{SOURCE.repo}={BUILD}")
+        hub._select_cuda.cache_clear()
+        found = select(SOURCE, torch.device("cuda"))
+        assert found.module is not None, found.turned_down
+        yield found
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("original")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def quantize(original: Path, device: str = "cuda", **fields) -> LlamaForCausalLM:
+    data = {"dataset": list(tiny_tokens(16, 64, seed=1)), "num_samples": 16, "sequence_length": 64}
+    return AutoModelForCausalLM.from_pretrained(
+        original, dtype=torch.bfloat16, device_map=device, quantization_config=MRGPTQConfig(**data, **fields)
+    )
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def model(request, original) -> LlamaForCausalLM:
+    return quantize(original, format=request.param)
+
+
+def layers_of(model: torch.nn.Module) -> list[FP4Linear]:
+    return [module for module in model.modules() if isinstance(module, FP4Linear)]
+
+
+def on_the_reference(model: torch.nn.Module) -> torch.nn.Module:
+    other = copy.deepcopy(model)
+    for layer in layers_of(other):
+        layer.use_kernels(None)
+    return other
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40, 300, 700])
+def test_every_layer_is_close_to_the_reference(model, kernels, tokens):
+    for layer in layers_of(model)[:7]:
+        assert layer.kernels is kernels
+        x = torch.randn(1, tokens, layer.in_features, dtype=torch.bfloat16, device="cuda")
+        x[..., 3] *= 20
+        with torch.no_grad():
+            expected = on_the_reference(layer)(x)
+            assert relative_error(layer(x), expected) < 2 * FLOOR[torch.bfloat16]
+
+
+def test_the_logits_are_close_to_the_reference(model):
+    ids = tiny_tokens(2, 64).cuda()
+    with torch.no_grad():
+        error = relative_error(model(ids).logits, on_the_reference(model)(ids).logits)
+    assert 0 < error < 0.03, "codes near a rounding boundary may differ, and nothing else"
+
+
+@pytest.mark.parametrize("make", [MRGPTQConfig, MRGPTQConfig.paper], ids=["default", "paper"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_gpu_solves_as_well_as_a_cpu(original, format, make):
+    data = {"dataset": list(tiny_tokens(16, 64, seed=1)), "num_samples": 16, "sequence_length": 64}
+    errors = {}
+    for device in ("cuda", "cpu"):
+        config = make(format=format, **data)
+        model = AutoModelForCausalLM.from_pretrained(
+            original, dtype=torch.float32, device_map=device, quantization_config=config
+        )
+        errors[device] = [row.error for row in model.hf_quantizer.report]
+    assert sum(errors["cuda"]) == pytest.approx(sum(errors["cpu"]), rel=0.02)
+
+
+def test_two_runs_give_the_same_bytes(original, tmp_path):
+    for name in ("a", "b"):
+        quantize(original).save_pretrained(tmp_path / name)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
+    assert first == second
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_saved_model_is_the_same_on_gpu_and_cpu(original, tmp_path, format):
+    model = quantize(original, format=format)
+    model.save_pretrained(tmp_path / "gpu")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "gpu", device_map="cpu").save_pretrained(tmp_path / "cpu")
+    assert (tmp_path / "gpu" / "model.safetensors").read_bytes() == (
+        tmp_path / "cpu" / "model.safetensors"
+    ).read_bytes()
+    ids = tiny_tokens().cuda()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "gpu", device_map="auto")
+    moved = AutoModelForCausalLM.from_pretrained(tmp_path / "gpu").cuda()
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(again(ids).logits, expected) and torch.equal(moved(ids).logits, expected)
+    assert {layer.kernels.module is None for layer in layers_of(moved)} == {False}
+
+
+def test_compiled_without_graph_breaks(model):
+    ids = tiny_tokens(1, 48).cuda()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            logits = compiled(ids, use_cache=False).logits.clone()
+    assert relative_error(logits, expected) < 0.03
+
+
+def test_generate_with_a_static_cache(model):
+    """On a GPU, transformers compiles the decoding step for a static cache."""
+    ids = tiny_tokens(2, 20).cuda()
+    torch._dynamo.reset()
+    arguments = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    static = model.generate(ids, cache_implementation="static", **arguments)
+    assert static.shape == (2, 32)
+    assert torch.equal(static, model.generate(ids, cache_implementation="static", **arguments))
+    dynamic = model.generate(ids, **arguments)
+    assert torch.equal(static[:, :22], dynamic[:, :22])
+
+
+def test_a_captured_layer_reads_its_new_input(model):
+    layer = layers_of(model)[0]
+    x = torch.randn(3, layer.in_features, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        for _ in range(2):
+            x.normal_()
+            graph.replay()
+            assert torch.equal(y, layer(x))
+
+
+def test_forward_does_not_wait_for_the_gpu_and_memory_does_not_grow(model):
+    block = model.model.layers[0].mlp
+    x = torch.randn(1, 33, 256, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        block(x)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(20):
+                block(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_streams_do_not_disturb_each_other(model):
+    attention = model.model.layers[0].self_attn
+    inputs = [torch.randn(64, 256, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+    with torch.no_grad():
+        expected = [(attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)) for x in inputs]
+        torch.cuda.synchronize()
+        streams, results = [torch.cuda.Stream() for _ in inputs], []
+        for _ in range(10):
+            for stream, x in zip(streams, inputs, strict=True):
+                with torch.cuda.stream(stream):
+                    results.append((attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)))
+        torch.cuda.synchronize()
+    for index, result in enumerate(results):
+        for actual, wanted in zip(result, expected[index % 3], strict=True):
+            assert torch.equal(actual, wanted)
+
+
+def test_gradients_are_the_reference_s(model):
+    layer = layers_of(model)[1]
+    x = torch.randn(9, layer.in_features, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    gradient = torch.randn(9, layer.out_features, dtype=torch.bfloat16, device="cuda")
+    (actual,) = torch.autograd.grad(layer(x), x, gradient)
+    (expected,) = torch.autograd.grad(on_the_reference(layer)(x), x, gradient)
+    assert torch.equal(actual, expected)
+
+
+def test_moving_to_the_cpu_and_back(model):
+    other = copy.deepcopy(model)
+    ids = tiny_tokens().cuda()
+    with torch.no_grad():
+        expected = model(ids).logits
+        other.cpu()
+        assert all(layer.kernels.module is None for layer in layers_of(other))
+        assert relative_error(other(ids.cpu()).logits.cuda(), expected) < 0.03
+        other.cuda()
+        assert torch.equal(other(ids).logits, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_over_two_gpus(original):
+    places = {
+        "model.embed_tokens": 0,
+        "model.layers.0": 0,
+        "model.layers.1": 1,
+        "model.norm": 1,
+        "model.rotary_emb": 0,
+        "lm_head": 1,
+    }
+    model = quantize(original, device=places)
+    assert {layer.weight.device.index for layer in layers_of(model)} == {0, 1}
+    assert use_kernels(model, SOURCE)
+    ids = tiny_tokens().cuda()
+    with torch.no_grad():
+        error = relative_error(model(ids).logits.cpu(), quantize(original)(ids).logits.cpu())
+    assert error < 0.03
