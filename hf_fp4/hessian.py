@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
+
+from .rotation import rotate
 
 MAX_DAMPING_ATTEMPTS = 6
 """A failed Cholesky is tried again with ten times the damping, at most this often in all."""
@@ -72,41 +76,55 @@ def damped_cholesky(second: torch.Tensor, damp_percent: float, name: str) -> tup
     )
 
 
-def inverse_cholesky(second: torch.Tensor, damp_percent: float, name: str) -> tuple[torch.Tensor, float]:
-    """Upper ``U`` with ``U^T U = (S + d I)^-1``, and ``d``; arguments and errors as `damped_cholesky`."""
-    lower, added = damped_cholesky(second, damp_percent, name)
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if failed or not torch.isfinite(upper).all():
-        raise RuntimeError(
-            f"the inverse second moments of {name} could not be factored; use a larger damp_percent"
-        )
-    return upper, added
+@dataclass(frozen=True)
+class DampedMoments:
+    """Second moments, factored once for all that needs their inverse; make one with `of`.
 
-
-def correct_target(
-    weight: torch.Tensor,
-    second: torch.Tensor,
-    cross: torch.Tensor,
-    strength: float,
-    damp_percent: float,
-    name: str,
-) -> torch.Tensor:
-    """The weight that, on the quantized stream's inputs, best gives what ``weight`` gives on the original stream's.
-
-    ``(1 - a) W + a W (C + d I)(S + d I)^-1``: least squares, the idea of GPTAQ (arXiv 2504.02692) and Qronos
-    (arXiv 2505.11695).
-
-    Args:
-        weight: float32 [N, K], rotated.
-        second: ``S`` [K, K] of the quantized stream.
-        cross: ``C`` [K, K], rows of the original stream.
-        strength: ``a`` in [0, 1].
-        damp_percent, name: as for `damped_cholesky`.
-
-    Returns:
-        float32 [N, K].
+    second: ``S`` float32 [K, K]; added: ``d``; inverse: ``(S + d I)^-1`` [K, K]; name: the layer, for errors.
     """
-    lower, added = damped_cholesky(second, damp_percent, name)
-    cross = cross.clone()
-    cross.diagonal().add_(added)
-    return torch.lerp(weight, torch.cholesky_solve((weight @ cross).T, lower).T, strength)
+
+    second: torch.Tensor
+    added: float
+    inverse: torch.Tensor
+    name: str
+
+    @classmethod
+    def of(cls, second: torch.Tensor, damp_percent: float, name: str) -> DampedMoments:
+        """Arguments and errors as `damped_cholesky`."""
+        lower, added = damped_cholesky(second, damp_percent, name)
+        return cls(second, added, torch.cholesky_inverse(lower), name)
+
+    def rotated(self, size: int | None) -> DampedMoments:
+        """Those of inputs rotated by ``size``; no new factorization, since a rotation commutes with the damping."""
+        second, inverse = (rotate(rotate(m, size).T, size) for m in (self.second, self.inverse))
+        return replace(self, second=second, inverse=inverse)
+
+    def upper(self, order: torch.Tensor | None = None) -> torch.Tensor:
+        """Upper ``U`` with ``U^T U = (S + d I)^-1`` [K, K], of the columns in the order ``order`` (int64 [K])."""
+        inverse = self.inverse if order is None else self.inverse[order][:, order]
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if failed or not torch.isfinite(upper).all():
+            raise RuntimeError(
+                f"the inverse second moments of {self.name} could not be factored; use a larger damp_percent"
+            )
+        return upper
+
+    def correct_target(self, weight: torch.Tensor, cross: torch.Tensor, strength: float) -> torch.Tensor:
+        """The weight that, on the quantized stream's inputs, best gives what ``weight`` gives on the original stream's.
+
+        ``(1 - a) W + a W (C + d I)(S + d I)^-1``: least squares, the idea of GPTAQ (arXiv 2504.02692) and Qronos
+        (arXiv 2505.11695).
+
+        Args:
+            weight: float32 [N, K], rotated.
+            cross: ``C`` [K, K], rows of the original stream; ``S`` is the quantized stream's.
+            strength: ``a`` in [0, 1].
+
+        Returns:
+            float32 [N, K].
+        """
+        wanted = weight @ cross + self.added * weight
+        corrected = wanted @ self.inverse
+        # One step of refinement: an explicit inverse alone loses half the digits that a solve would keep.
+        missing = wanted - corrected @ self.second - self.added * corrected
+        return torch.lerp(weight, corrected.addmm_(missing, self.inverse), strength)

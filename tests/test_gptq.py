@@ -16,7 +16,7 @@ from hf_fp4.gptq import (
     round_weight,
     solve,
 )
-from hf_fp4.hessian import inverse_cholesky
+from hf_fp4.hessian import DampedMoments
 from hf_fp4.scales import weight_global_scale, weight_scales
 
 FORMATS = list(FP4Format)
@@ -51,7 +51,7 @@ class Problem:
     @property
     def upper(self):
         second = self.second if self.order is None else self.second[self.order][:, self.order]
-        return inverse_cholesky(second, DAMP, "layer")[0]
+        return DampedMoments.of(second, DAMP, "layer").upper()
 
     @property
     def steps(self):

@@ -1,15 +1,17 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from hf_fp4.hessian import (
     MAX_DAMPING_ATTEMPTS,
+    DampedMoments,
     SecondMoments,
-    correct_target,
     damped_cholesky,
     damping,
-    inverse_cholesky,
 )
+from hf_fp4.rotation import rotate
 
 K = 48
 
@@ -92,7 +94,7 @@ def test_the_moments_are_not_changed():
     second = moments_of(correlated_inputs(500)).float()
     before = second.clone()
     damped_cholesky(second, 0.01, "layer")
-    inverse_cholesky(second, 0.01, "layer")
+    DampedMoments.of(second, 0.01, "layer").upper()
     assert torch.equal(second, before)
 
 
@@ -113,7 +115,7 @@ def test_moments_that_stay_indefinite_name_the_layer():
     message = (
         "second moments of model.layers.3.mlp.down_proj are not positive definite .* modules_to_not_convert"
     )
-    for factor in (damped_cholesky, inverse_cholesky):
+    for factor in (damped_cholesky, DampedMoments.of):
         with pytest.raises(RuntimeError, match=message):
             factor(second, 0.01, "model.layers.3.mlp.down_proj")
     assert MAX_DAMPING_ATTEMPTS == 6
@@ -124,16 +126,16 @@ def test_moments_that_are_not_finite_name_the_layer(value):
     second = torch.eye(K)
     second[5, 5] = value
     with pytest.raises(RuntimeError, match="model.layers.1.self_attn.o_proj"):
-        inverse_cholesky(second, 0.01, "model.layers.1.self_attn.o_proj")
+        DampedMoments.of(second, 0.01, "model.layers.1.self_attn.o_proj")
 
 
 @pytest.mark.parametrize("damp_percent", [0.1, 0.01, 0.001])
 @pytest.mark.parametrize(
     "features, tokens", [(48, 1000), (160, 2000), (160, 40)], ids=["small", "large", "few tokens"]
 )
-def test_inverse_cholesky(features, tokens, damp_percent):
+def test_upper(features, tokens, damp_percent):
     x = correlated_inputs(tokens, features)
-    upper, _ = inverse_cholesky(moments_of(x).float(), damp_percent, "layer")
+    upper = DampedMoments.of(moments_of(x).float(), damp_percent, "layer").upper()
     assert upper.dtype == torch.float32 and torch.equal(upper, upper.triu()) and (upper.diagonal() > 0).all()
     expected = torch.linalg.cholesky(torch.linalg.inv(moments_of(x, damp_percent)), upper=True)
     assert (upper - expected).norm() <= 1e-3 * expected.norm()
@@ -144,8 +146,35 @@ def test_inverse_cholesky(features, tokens, damp_percent):
 def test_unused_inputs_are_harmless():
     x = correlated_inputs(500)
     x[:, 10:20] = 0
-    assert torch.isfinite(inverse_cholesky(moments_of(x).float(), 0.01, "layer")[0]).all()
-    torch.testing.assert_close(inverse_cholesky(torch.zeros(K, K), 0.01, "layer")[0], torch.eye(K))
+    assert torch.isfinite(DampedMoments.of(moments_of(x).float(), 0.01, "layer").upper()).all()
+    torch.testing.assert_close(DampedMoments.of(torch.zeros(K, K), 0.01, "layer").upper(), torch.eye(K))
+
+
+def test_upper_in_another_order_of_the_columns():
+    x = correlated_inputs(500)
+    order = torch.randperm(K)
+    upper = DampedMoments.of(moments_of(x).float(), 0.01, "layer").upper(order)
+    expected = DampedMoments.of(moments_of(x[:, order]).float(), 0.01, "layer").upper()
+    assert torch.equal(upper, upper.triu()) and (upper - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_rotated(size):
+    x = correlated_inputs(500)
+    rotated = DampedMoments.of(moments_of(x).float(), 0.01, "layer").rotated(size)
+    expected = DampedMoments.of(moments_of(rotate(x, size)).float(), 0.01, "layer")
+    assert rotated.added == pytest.approx(expected.added, rel=1e-4)
+    for name in ("second", "inverse"):
+        actual, wanted = getattr(rotated, name), getattr(expected, name)
+        assert (actual - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+def test_an_inverse_that_cannot_be_factored_names_the_layer():
+    moments = replace(
+        DampedMoments.of(torch.eye(K), 0.01, "model.layers.2.mlp.up_proj"), inverse=-torch.eye(K)
+    )
+    with pytest.raises(RuntimeError, match="inverse second moments of model.layers.2.mlp.up_proj"):
+        moments.upper()
 
 
 # The asymmetric correction
@@ -156,6 +185,10 @@ def streams(tokens=600):
     return original, original + 0.1 * original.std(0) * torch.randn(tokens, K)
 
 
+def corrected(weight, second, cross, strength, damp_percent):
+    return DampedMoments.of(second, damp_percent, "layer").correct_target(weight, cross, strength)
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.25, 0.5, 1.0])
 def test_correct_target(strength):
     original, quantized = streams()
@@ -164,7 +197,7 @@ def test_correct_target(strength):
     ridge = 0.01 * second.diagonal().mean() * torch.eye(K, dtype=torch.float64)
     solved = weight.double() @ (cross + ridge) @ torch.linalg.inv(second + ridge)
     expected = (1 - strength) * weight.double() + strength * solved
-    actual = correct_target(weight, second.float(), cross.float(), strength, 0.01, "layer")
+    actual = corrected(weight, second.float(), cross.float(), strength, 0.01)
     assert actual.dtype == torch.float32
     assert (actual - expected).norm() <= 1e-4 * expected.norm()
     if strength:
@@ -178,7 +211,7 @@ def test_the_correction_brings_the_outputs_closer():
     weight = torch.randn(20, K)
     wanted = original @ weight.T
     errors = [
-        (quantized @ correct_target(weight, second, cross, strength, 1e-4, "layer").T - wanted).norm().item()
+        (quantized @ corrected(weight, second, cross, strength, 1e-4).T - wanted).norm().item()
         for strength in (0.0, 0.5, 1.0)
     ]
     assert errors[0] > errors[1] > errors[2]
@@ -190,13 +223,4 @@ def test_the_correction_brings_the_outputs_closer():
 def test_equal_streams_need_no_correction():
     second = moments_of(correlated_inputs(600)).float()
     weight = torch.randn(20, K)
-    torch.testing.assert_close(
-        correct_target(weight, second, second, 1.0, 0.01, "x"), weight, rtol=1e-3, atol=1e-4
-    )
-
-
-def test_a_failed_correction_names_the_layer():
-    second = torch.eye(K)
-    second[0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="moments of model.layers.0.mlp.up_proj"):
-        correct_target(torch.randn(4, K), second, torch.eye(K), 0.5, 0.01, "model.layers.0.mlp.up_proj")
+    torch.testing.assert_close(corrected(weight, second, second, 1.0, 0.01), weight, rtol=1e-3, atol=1e-4)

@@ -23,7 +23,7 @@ from ..backends.reference import compute_dtype, matmul, quantize_input
 from ..config import MRGPTQConfig
 from ..formats import dequantize_blocks
 from ..gptq import FP4Weight, activation_order, descend, relative_output_error, round_weight, solve
-from ..hessian import SecondMoments, correct_target, inverse_cholesky
+from ..hessian import DampedMoments, SecondMoments
 from ..layers.linear import FP4Linear
 from ..layers.replace import linear_at, replace_linears, select_linears
 from ..rotation import HADAMARD_SIZES, require_divisor, rotate
@@ -49,8 +49,8 @@ from .data import CalibrationData
 from .forwards import paused_forwards
 
 PROBE_TOKENS = 16
-ROTATION_TOKENS, ROTATION_ROWS = 4096, 256
-"""Tokens and output rows on which the Hadamard size of a group is chosen."""
+ROTATION_TOKENS, ROTATION_ROWS, ROTATION_COLUMNS = 4096, 256, 2048
+"""Tokens, output rows and input features on which the Hadamard size of a group is chosen."""
 
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN's: it plans its attention anew in every thread, 0.06 s each on an H100, and there are two per batch."""
@@ -157,16 +157,17 @@ class _Group:
     def _best_size(self, sample: torch.Tensor) -> int | None:
         """The size, or none, whose solve leaves the least output error on the half of the sample it did not see."""
         sizes = [None, *(k for k in HADAMARD_SIZES if sample.shape[-1] % k == 0)]
+        columns = _spread_columns(sample.shape[-1], sample.device)
+        sample, weight = sample[:, columns], _spread(self._stacked(), ROTATION_ROWS)[:, columns]
         seen, unseen = sample[0::2].float(), sample[1::2].float()
-        second = seen.T @ seen / len(seen)
-        weight = _spread(self._stacked(), ROTATION_ROWS)
-        return min(sizes, key=lambda size: self._rotation_error(size, weight, second, unseen))
+        moments = DampedMoments.of(seen.T @ seen / len(seen), self._config.damp_percent, self._title)
+        return min(sizes, key=lambda size: self._rotation_error(size, weight, moments, unseen))
 
     def _rotation_error(
-        self, size: int | None, weight: torch.Tensor, second: torch.Tensor, x: torch.Tensor
+        self, size: int | None, weight: torch.Tensor, moments: DampedMoments, x: torch.Tensor
     ) -> float:
         weight, x = rotate(weight, size), rotate(x, size)
-        quantized = self._solve(weight, rotate(rotate(second, size).T, size)).dequantize()
+        quantized = self._solve(weight, moments.rotated(size)).dequantize()
         seen = x
         if self._rule is not None:
             scale = input_global_scale(x.abs().amax().view(1)) if self._format.has_global_scale else None
@@ -177,20 +178,21 @@ class _Group:
     def _stacked(self) -> torch.Tensor:
         return torch.cat([linear.weight.detach().float() for linear in self._linears.values()])
 
-    def _solve(self, weight: torch.Tensor, second: torch.Tensor, passes: int = 0) -> FP4Weight:
+    def _solve(self, weight: torch.Tensor, moments: DampedMoments, passes: int = 0) -> FP4Weight:
         """Scales, then codes, of a rotated weight [N, K] under the second moments [K, K] of its inputs."""
         config = self._config
         global_scale = (
             weight_global_scale(weight.abs().amax().view(1)) if self._format.has_global_scale else None
         )
-        scale = weight_scales(weight, self._format, config.weight_rule, global_scale, second.diagonal())
+        importance = moments.second.diagonal()
+        scale = weight_scales(weight, self._format, config.weight_rule, global_scale, importance)
         if config.method == "rtn":
             return round_weight(weight, scale, self._format, global_scale)
-        order = activation_order(second) if config.act_order else None
-        ordered = second if order is None else second[order][:, order]
-        upper, added = inverse_cholesky(ordered, config.damp_percent, self._title)
-        solved = solve(weight, scale, self._format, global_scale, upper, order, self._kernels)
-        return descend(weight, solved, second, added, passes, self._kernels) if passes else solved
+        order = activation_order(moments.second) if config.act_order else None
+        solved = solve(weight, scale, self._format, global_scale, moments.upper(order), order, self._kernels)
+        if not passes:
+            return solved
+        return descend(weight, solved, moments.second, moments.added, passes, self._kernels)
 
     def solve(self) -> float:
         """Quantize the group's weights from what was observed; returns the relative output error."""
@@ -199,17 +201,16 @@ class _Group:
             raise ValueError(
                 f"no calibration token reached {self._title}; use more samples, or add it to modules_to_not_convert"
             )
-        second = self._moments.second
+        second, cross = self._moments.second, self._moments.cross
+        self._moments = None
         if self._input_scale is not None:
             self._input_scale = input_global_scale(self._absmax)
         weight = rotate(self._stacked(), self.hadamard_size)
-        if self._moments.cross is not None:
-            weight = correct_target(
-                weight, second, self._moments.cross, config.error_correction, config.damp_percent, self._title
-            )
-        quantized = self._solve(weight, second, config.descent_passes)
+        moments = DampedMoments.of(second, config.damp_percent, self._title)
+        if cross is not None:
+            weight = moments.correct_target(weight, cross, config.error_correction)
+        quantized = self._solve(weight, moments, config.descent_passes)
         error = relative_output_error(weight, quantized.dequantize(), second)
-        self._moments = None
         rows = [linear.out_features for linear in self._linears.values()]
         for name, part in zip(self.names, quantized.split(rows), strict=True):
             self._take(name, part)
@@ -255,6 +256,14 @@ class _Group:
 def _spread(rows: torch.Tensor, count: int) -> torch.Tensor:
     """At most ``count`` rows, evenly spread."""
     return rows[:: max(1, -(-len(rows) // count))]
+
+
+def _spread_columns(features: int, device: torch.device) -> torch.Tensor:
+    """At most `ROTATION_COLUMNS` columns, in whole blocks of the largest rotation, evenly spread; all if they are few."""
+    columns, block = torch.arange(features, device=device), max(HADAMARD_SIZES)
+    if features <= ROTATION_COLUMNS or features % block:
+        return columns
+    return _spread(columns.view(-1, block), ROTATION_COLUMNS // block).flatten()
 
 
 def new_layer(
