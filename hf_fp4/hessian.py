@@ -24,14 +24,22 @@ class SecondMoments:
         self.tokens = 0
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
-        """Add a batch: ``x`` float32 [M, K], rotated and (W4A4) quantized; ``original`` float32 [M, K], rotated only."""
-        self._sum.addmm_(x.T, x)
+        """Add a batch.
+
+        Args:
+            x: [M, K], rotated and (W4A4) quantized.
+            original: [M, K], rotated only.
+
+        Both float32, or bfloat16, whose products are exact in the float32 that they are added up in; quantized values lose
+        nothing in bfloat16, and of the original stream's it keeps what the model's own activations have.
+        """
+        _add_product(self._sum, x, x)
         if self._cross is not None:
             if original is None:
                 raise ValueError(
                     "cross moments need the original stream's inputs beside the quantized stream's"
                 )
-            self._cross.addmm_(original.T, x)
+            _add_product(self._cross, original, x)
         self.tokens += x.shape[0]
 
     @property
@@ -43,6 +51,14 @@ class SecondMoments:
     def cross(self) -> torch.Tensor | None:
         """``C / tokens``, [K, K], rows: original stream, columns: quantized stream; None when not collected."""
         return None if self._cross is None else self._cross / max(self.tokens, 1)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a^T b`` in float32."""
+    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
+        total += torch.mm(a.T, b, out_dtype=torch.float32)
+    else:
+        total.addmm_(a.float().T, b.float())
 
 
 def damping(second: torch.Tensor, damp_percent: float) -> float:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
-import tempfile
 import types
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,7 +23,9 @@ from transformers.utils import logging
 from .backends import describe, select
 from .calibration.capture import find_blocks, require_finite
 from .calibration.data import calibration_batches
-from .calibration.driver import LayerReport, new_layer, quantize_model
+from .calibration.driver import LayerReport, quantize_model
+from .calibration.group import new_layer
+from .checkpoint_files import staged
 from .config import QUANT_METHOD, MRGPTQConfig
 from .gptq import round_weight
 from .layers.linear import FP4Linear, use_kernels
@@ -34,9 +34,6 @@ from .rotation import largest_size, require_divisor, rotate
 from .scales import fused_partners, weight_global_scale, weight_scales
 
 logger = logging.get_logger(__name__)
-
-_MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-"""Files that a model is loaded from; adapters, and weights saved as a variant, have other names."""
 
 _ROUNDED_AT_ONCE = {"cpu": 1 << 16}
 """Values of a weight that are rounded together; on a CPU few, which keeps them in its cache and its heap in one piece."""
@@ -370,38 +367,11 @@ def _tokenizer(tokenizer: Any, model: PreTrainedModel, dataset: Any) -> Any:
 def _save_in_one_step(
     model: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
 ) -> None:
-    """`save_pretrained`, into a directory inside the target whose files then replace the target's.
-
-    When anything fails, a full disk for one, the files that were there before are untouched.
-    """
-    target = Path(save_directory)
-    if target.is_file():
-        raise ValueError(f"{target} is a file; save_pretrained needs a directory")
-    existed = target.exists()
-    target.mkdir(parents=True, exist_ok=True)
+    """`save_pretrained` that changes nothing in ``save_directory`` unless it succeeds."""
     layers = [module for module in model.modules() if isinstance(module, FP4Linear)]
-    try:
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging, ExitStack() as stored:
-            for layer in layers:  # one by one: a state dict of restored weights would hold all of them twice
-                stored.enter_context(layer.stored_layout())
-            if kwargs.get("push_to_hub"):
-                kwargs.setdefault("repo_id", target.name)
-            type(model).save_pretrained(model, staging, *args, **kwargs)
-            _publish(Path(staging), target)
-    finally:
-        if not existed and not any(target.iterdir()):
-            target.rmdir()
-
-
-def _publish(staging: Path, target: Path) -> None:
-    """Move finished files into ``target``, weights first and config.json last; drop the weights of an earlier save."""
-    files = sorted(
-        staging.iterdir(), key=lambda f: (f.name == "config.json", f.suffix != ".safetensors", f.name)
-    )
-    for file in files:
-        os.replace(file, target / file.name)
-    names = {file.name for file in files}
-    if any(_MODEL_WEIGHTS.fullmatch(name) for name in names):
-        for old in target.iterdir():
-            if _MODEL_WEIGHTS.fullmatch(old.name) and old.name not in names:
-                old.unlink()
+    with staged(save_directory) as staging, ExitStack() as stored:
+        for layer in layers:  # one by one: a state dict of restored weights would hold all of them twice
+            stored.enter_context(layer.stored_layout())
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        type(model).save_pretrained(model, staging, *args, **kwargs)

@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_fp4 import ops
+from hf_fp4 import gptq, ops
 from hf_fp4.backends import Kernels
 from hf_fp4.backends.reference import matmul, quantize_input
 from hf_fp4.formats import FP4Format, dequantize_blocks
 
 prepared: list[dict[str, Any]] = []
 """The arguments of every preparation of tokens that ran, also inside a compiled graph."""
+
+fake_quantized: list[str] = []
+solved: list[str] = []
 
 
 class PreparedTokens(NamedTuple):
@@ -94,6 +97,25 @@ def _(values, divisor, packed, row_scale, bias, dtype):
 
 def gemm(tokens, packed, row_scale, bias=None):
     return _gemm(tokens.values, tokens.divisor, packed, row_scale, bias, tokens.dtype)
+
+
+def fake_quantize(x, *, format, activations, rule, hadamard, input_global_scale):
+    """Values in bfloat16 and a multiplier, as a GPU would compute them: rotated in float32."""
+    fake_quantized.append(activations)
+    values, divisor = quantize_input(
+        x, FP4Format(format), rule if activations == "fp4" else None, hadamard, input_global_scale
+    )
+    return values.bfloat16(), torch.ones(1) if divisor is None else divisor.reciprocal()
+
+
+def gptq_solve(columns, steps, inverse, upper):
+    solved.append("solve")
+    return gptq._solve_columns(columns, steps, inverse, upper)
+
+
+def gptq_descend(target, current, scale, matrix, passes, format, global_scale=None):
+    solved.append("descend")
+    gptq._descend_columns(target, current, scale, matrix, passes, FP4Format(format), global_scale)
 
 
 def linear(x, packed, row_scale, bias=None, **arguments):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_fp4.formats import FP4Format
 from hf_fp4.hessian import (
     MAX_DAMPING_ATTEMPTS,
     DampedMoments,
@@ -12,6 +13,7 @@ from hf_fp4.hessian import (
     damping,
 )
 from hf_fp4.rotation import rotate
+from hf_fp4.scales import ACTIVATION_SCALE_RULES, fake_quantize_activations, input_global_scale
 
 K = 48
 
@@ -58,6 +60,21 @@ def test_moments_do_not_depend_on_the_default_dtype():
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(moments.second.double(), moments_of(x), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("fmt", FP4Format)
+def test_quantized_inputs_lose_nothing_in_bfloat16(fmt):
+    """So their moments may be taken on tensor cores: the products are exact in float32."""
+    x = correlated_inputs(200, 64)
+    scale = input_global_scale(x.abs().amax().view(1)) if fmt.has_global_scale else None
+    for rule in ACTIVATION_SCALE_RULES[fmt]:
+        values, divisor = fake_quantize_activations(x, fmt, rule, scale)
+        seen = values if divisor is None else values / divisor
+        assert torch.equal(seen.bfloat16().float(), seen)
+        exact, rounded = (SecondMoments(64, torch.device("cpu"), cross=False) for _ in range(2))
+        exact.add(seen)
+        rounded.add(seen.bfloat16())
+        assert torch.equal(exact.second, rounded.second)
 
 
 def test_no_tokens_and_no_cross():

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_fp4 import MRGPTQConfig
 from hf_fp4.backends import KernelSource
+from hf_fp4.calibration import group as group_module
 from hf_fp4.formats import FP4Format
 from hf_fp4.layers import linear as linear_module
 from hf_fp4.layers.linear import FP4Linear, use_kernels
@@ -30,7 +31,8 @@ def kernels_on_the_cpu(monkeypatch):
         return found
 
     monkeypatch.setattr(linear_module, "select", select)
-    fake_kernels.prepared.clear()
+    for seen in (fake_kernels.prepared, fake_kernels.fake_quantized, fake_kernels.solved):
+        seen.clear()
     return asked
 
 
@@ -272,3 +274,35 @@ def test_one_format_decides_between_fp8_and_bf16(monkeypatch):
         layer(inputs(layer))
     assert seen == [True, False, False, False]
     assert KINDS[7].fmt is FP4Format.MXFP4
+
+
+@pytest.mark.parametrize("activations", ["fp4", "bf16"])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_calibration_on_kernels(format, activations, checkpoint, monkeypatch):
+    """Kernels rotate, quantize and solve; what differs is that moments are of bfloat16 inputs."""
+    original = checkpoint.parent / "original"
+    config = MRGPTQConfig(
+        format=format,
+        activations=activations,
+        dataset=list(tiny_tokens(8, 48, seed=3)),
+        num_samples=8,
+        sequence_length=48,
+        batch_size=2,
+        hadamard_group_size=None if format == "nvfp4" else "auto",
+    )
+
+    def quantized(dtype=torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(original, dtype=dtype, quantization_config=config)
+        return sum(row.error for row in model.hf_quantizer.report), model
+
+    expected, _ = quantized()
+    assert not fake_kernels.fake_quantized and not fake_kernels.solved
+    monkeypatch.setattr(group_module, "select", lambda source, device: fake_kernels.found())
+    error, model = quantized()
+    assert error == pytest.approx(expected, rel=0.03)
+    assert set(fake_kernels.fake_quantized) == {activations, "bf16"}
+    assert fake_kernels.solved[-2:] == ["solve", "descend"]
+    assert model.config.quantization_config.static_input_scale == (format == "nvfp4" and activations == "fp4")
+    fake_kernels.fake_quantized.clear()
+    quantized(torch.float32)
+    assert not fake_kernels.fake_quantized, "kernels take bfloat16; a float32 model is measured in float32"

@@ -29,6 +29,7 @@ from transformers import (
 import hf_fp4
 from hf_fp4 import FP4Linear, MRGPTQConfig
 from hf_fp4.calibration import driver, forwards
+from hf_fp4.calibration.group import Group
 from hf_fp4.formats import FP4Format
 from hf_fp4.gptq import round_weight
 from hf_fp4.rotation import rotate
@@ -255,7 +256,7 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.quantized: dict[str, list[torch.Tensor]] = {}
         self.original: dict[str, list[torch.Tensor | None]] = {}
-        observe = driver._Group.observe
+        observe = Group.observe
 
         def spied(group, x, original):
             for name in group.names:
@@ -263,7 +264,7 @@ class Spy:
                 self.original.setdefault(f"{group.prefix}.{name}", []).append(original)
             return observe(group, x, original)
 
-        monkeypatch.setattr(driver._Group, "observe", spied)
+        monkeypatch.setattr(Group, "observe", spied)
 
 
 @pytest.mark.parametrize("activations", PRECISIONS)
@@ -402,14 +403,14 @@ def test_a_shared_scale_fits_the_largest_of_the_partners(tmp_path):
 def test_the_input_scale_leaves_headroom_over_everything_seen(large, zoo, monkeypatch):
     """Also when one of the two batches is eight times as large as the other."""
     seen: dict[str, list[torch.Tensor]] = {}
-    observe = driver._Group.observe
+    observe = Group.observe
 
     def scaled(group, x, original):
         batches = seen.setdefault(f"{group.prefix}.{group.names[0]}", [])
         batches.append(x * 8 if len(batches) == large else x)
         return observe(group, batches[-1], original)
 
-    monkeypatch.setattr(driver._Group, "observe", scaled)
+    monkeypatch.setattr(Group, "observe", scaled)
     layers = fp4_linears(quantize(zoo("llama"), hadamard_group_size=16))
     for name, batches in seen.items():
         assert len(batches) == 2

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_fp4
 from hf_fp4 import MRGPTQConfig
-from hf_fp4.calibration import checkpoint, driver
+from hf_fp4.calibration import checkpoint
 from hf_fp4.calibration.checkpoint import WorkDir, weights_fingerprint
+from hf_fp4.calibration.group import Group
 
 FAMILY = "llama-200"
 TOKENS = list(tiny_tokens(2, 16))
@@ -64,8 +65,8 @@ def finished(source, tmp_path_factory) -> Path:
 def solved(monkeypatch) -> list[str]:
     """Titles of the groups that are solved."""
     titles: list[str] = []
-    solve = driver._Group.solve
-    monkeypatch.setattr(driver._Group, "solve", lambda group: titles.append(group._title) or solve(group))
+    solve = Group.solve
+    monkeypatch.setattr(Group, "solve", lambda g: titles.append(g._title) or solve(g))
     return titles
 
 
@@ -77,6 +78,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from hf_fp4 import MRGPTQConfig
 from hf_fp4.calibration import checkpoint, driver
+from hf_fp4.calibration.group import Group
 
 source, works, tokens, sizes = Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3]), eval(sys.argv[4])
 countdown = [0]
@@ -109,7 +111,7 @@ def torn(tensors, path, metadata, write=checkpoint.save_file):
     event()
 
 
-around(driver._Group, "solve")
+around(Group, "solve")
 around(driver._Block, "replace")
 around(checkpoint.os, "replace")
 checkpoint.save_file = torn
@@ -195,8 +197,8 @@ def test_an_interrupt_leaves_what_is_finished(source, unbroken, solved, tmp_path
                 raise KeyboardInterrupt
             return solve(group)
 
-        solve = driver._Group.solve
-        patch.setattr(driver._Group, "solve", interrupted)
+        solve = Group.solve
+        patch.setattr(Group, "solve", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quantize(source, tmp_path)
     assert names(tmp_path) == [BLOCKS[0], "manifest.json"]

@@ -5,4 +5,5 @@ from .hub import REFERENCE as REFERENCE
 from .hub import Kernels as Kernels
 from .hub import KernelSource as KernelSource
 from .hub import describe as describe
+from .hub import quantize_input as quantize_input
 from .hub import select as select

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from ..formats import FP4Format
+from . import reference
+
 
 @dataclass(frozen=True)
 class KernelSource:
@@ -91,3 +94,29 @@ def describe(found: Kernels, source: KernelSource) -> str:
     return f"FP4 linears run on the {found.backend} backend" + (
         f", kernels of {source}: {text}" if text else ""
     )
+
+
+def quantize_input(
+    kernels: Kernels,
+    x: torch.Tensor,
+    fmt: FP4Format,
+    activation_scale_rule: str | None,
+    hadamard_size: int | None,
+    input_global_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`reference.quantize_input`, by kernels for bfloat16; its values are bfloat16 then, which holds quantized ones exactly."""
+    if kernels.module is None or x.dtype != torch.bfloat16:
+        return reference.quantize_input(x, fmt, activation_scale_rule, hadamard_size, input_global_scale)
+    values, multiplier = kernels.module.fake_quantize(
+        x,
+        format=fmt.value,
+        activations="bf16" if activation_scale_rule is None else "fp4",
+        rule=activation_scale_rule or "absmax",
+        hadamard=hadamard_size,
+        input_global_scale=input_global_scale,
+    )
+    if activation_scale_rule is None or not fmt.has_global_scale:
+        return values, None
+    per_token = input_global_scale is None
+    divisor = multiplier.reciprocal()
+    return values, divisor.view(*x.shape[:-1], 1) if per_token else divisor

@@ -1,0 +1,235 @@
+"""Linears of one block that share an input: their statistics, their solve, and what they compute from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..backends import quantize_input, select
+from ..backends.reference import compute_dtype, matmul
+from ..config import MRGPTQConfig
+from ..formats import dequantize_blocks
+from ..gptq import FP4Weight, activation_order, descend, relative_output_error, round_weight, solve
+from ..hessian import DampedMoments, SecondMoments
+from ..layers.linear import FP4Linear
+from ..layers.replace import linear_at
+from ..rotation import HADAMARD_SIZES, rotate
+from ..scales import (
+    fake_quantize_activations,
+    input_global_scale,
+    weight_global_scale,
+    weight_scales,
+)
+from .capture import require_finite
+
+ROTATION_TOKENS, ROTATION_ROWS, ROTATION_COLUMNS = 4096, 256, 2048
+"""Tokens, output rows and input features on which the Hadamard size of a group is chosen."""
+
+_PROVISIONAL_HEADROOM = 8.0
+"""Over the first batch's maximum, until the maximum of all batches is known; a power of two, so rounding agrees."""
+
+
+class Group:
+    """Linears of one block that share an input: statistics, solve, and the simulated forward afterwards."""
+
+    def __init__(self, block: nn.Module, prefix: str, names: list[str], config: MRGPTQConfig):
+        self.names, self.prefix = names, prefix
+        self._config, self._format, self._rule = config, config.fp4_format, config.linear_activation_rule
+        self._linears = {name: linear_at(block, name) for name in names}
+        first = self._linears[names[0]].weight
+        self._kernels = select(config.kernel_source, first.device)
+        self.hadamard_size: int | None = None
+        self._moments: SecondMoments | None = None
+        self._input_scale: torch.Tensor | None = None
+        self._absmax = torch.zeros(1, device=first.device)
+        self._dtype = compute_dtype(first.dtype)
+        self._memo: tuple[torch.Tensor, tuple] | None = None
+        self._dequantized: dict[str, torch.Tensor] = {}
+        self.solved: dict[str, FP4Linear] = {}
+
+    @property
+    def _title(self) -> str:
+        return f"{self.prefix}.{self.names[0]}" + (
+            "" if len(self.names) == 1 else f" (+{len(self.names) - 1})"
+        )
+
+    def observe(self, x: torch.Tensor, original: torch.Tensor | None) -> None:
+        """Add one batch of inputs: of the quantized stream, and of the original one for the correction."""
+        require_finite(x, f"the input of {self._title}")
+        x = x.flatten(0, -2)
+        if len(x) == 0:
+            return  # an expert that none of these tokens was routed to
+        if self._moments is None:
+            self._moments = self._start(x)
+        rotated = self._rotated(x)
+        self._absmax = torch.maximum(self._absmax, rotated.abs().amax())
+        if self._rule is not None:
+            values, divisor = self._quantized(x, rotated)
+            rotated = values if divisor is None else values / divisor.to(values.dtype)
+        if original is not None:
+            original = self._rotated(original.flatten(0, -2))
+            if original.shape != rotated.shape:  # the two streams route different tokens to this expert
+                raise ValueError(
+                    f"{self._title} gets other tokens in the quantized model than in the original one, so its target cannot "
+                    "be corrected; use error_correction=0"
+                )
+        self._moments.add(rotated, original)
+
+    def _by_kernels(self, x: torch.Tensor) -> bool:
+        return self._kernels.module is not None and x.dtype == torch.bfloat16
+
+    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
+        """In float32, or where kernels do it in bfloat16: then moments take a tensor core's time."""
+        if self._by_kernels(x):
+            return quantize_input(self._kernels, x, self._format, None, self.hadamard_size, None)[0]
+        return rotate(x, self.hadamard_size)
+
+    def _quantized(self, x: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the layer will see of ``x``: values and their divisor."""
+        if self._by_kernels(x):
+            return self._quantize_input(x, self._input_scale)
+        assert self._rule is not None
+        return fake_quantize_activations(rotated, self._format, self._rule, self._input_scale)
+
+    def _quantize_input(
+        self, x: torch.Tensor, scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return quantize_input(self._kernels, x, self._format, self._rule, self.hadamard_size, scale)
+
+    def _start(self, first: torch.Tensor) -> SecondMoments:
+        size = self._config.hadamard_group_size
+        if isinstance(size, str):  # "auto"
+            size = self._best_size(_spread(first, ROTATION_TOKENS))
+        self.hadamard_size = size
+        if self._format.has_global_scale:
+            absmax = rotate(first, self.hadamard_size).abs().amax().view(1)
+            self._input_scale = input_global_scale(absmax * _PROVISIONAL_HEADROOM / 2)
+        return SecondMoments(first.shape[-1], first.device, cross=self._config.uses_original_stream)
+
+    def _best_size(self, sample: torch.Tensor) -> int | None:
+        """The size, or none, whose solve leaves the least output error on the half of the sample it did not see."""
+        sizes = [None, *(k for k in HADAMARD_SIZES if sample.shape[-1] % k == 0)]
+        columns = _spread_columns(sample.shape[-1], sample.device)
+        sample, weight = sample[:, columns], _spread(self._stacked(), ROTATION_ROWS)[:, columns]
+        seen, unseen = sample[0::2].float(), sample[1::2].float()
+        moments = DampedMoments.of(seen.T @ seen / len(seen), self._config.damp_percent, self._title)
+        return min(sizes, key=lambda size: self._rotation_error(size, weight, moments, unseen))
+
+    def _rotation_error(
+        self, size: int | None, weight: torch.Tensor, moments: DampedMoments, x: torch.Tensor
+    ) -> float:
+        weight, x = rotate(weight, size), rotate(x, size)
+        quantized = self._solve(weight, moments.rotated(size)).dequantize()
+        seen = x
+        if self._rule is not None:
+            scale = input_global_scale(x.abs().amax().view(1)) if self._format.has_global_scale else None
+            values, divisor = fake_quantize_activations(x, self._format, self._rule, scale)
+            seen = values if divisor is None else values / divisor
+        return (seen @ quantized.T - x @ weight.T).square().sum().item()
+
+    def _stacked(self) -> torch.Tensor:
+        return torch.cat([linear.weight.detach().float() for linear in self._linears.values()])
+
+    def _solve(self, weight: torch.Tensor, moments: DampedMoments, passes: int = 0) -> FP4Weight:
+        """Scales, then codes, of a rotated weight [N, K] under the second moments [K, K] of its inputs."""
+        config = self._config
+        global_scale = (
+            weight_global_scale(weight.abs().amax().view(1)) if self._format.has_global_scale else None
+        )
+        importance = moments.second.diagonal()
+        scale = weight_scales(weight, self._format, config.weight_rule, global_scale, importance)
+        if config.method == "rtn":
+            return round_weight(weight, scale, self._format, global_scale)
+        order = activation_order(moments.second) if config.act_order else None
+        solved = solve(weight, scale, self._format, global_scale, moments.upper(order), order, self._kernels)
+        if not passes:
+            return solved
+        return descend(weight, solved, moments.second, moments.added, passes, self._kernels)
+
+    def solve(self) -> float:
+        """Quantize the group's weights from what was observed; returns the relative output error."""
+        config = self._config
+        if self._moments is None:
+            raise ValueError(
+                f"no calibration token reached {self._title}; use more samples, or add it to modules_to_not_convert"
+            )
+        second, cross = self._moments.second, self._moments.cross
+        self._moments = None
+        if self._input_scale is not None:
+            self._input_scale = input_global_scale(self._absmax)
+        weight = rotate(self._stacked(), self.hadamard_size)
+        moments = DampedMoments.of(second, config.damp_percent, self._title)
+        if cross is not None:
+            weight = moments.correct_target(weight, cross, config.error_correction)
+        quantized = self._solve(weight, moments, config.descent_passes)
+        error = relative_output_error(weight, quantized.dequantize(), second)
+        rows = [linear.out_features for linear in self._linears.values()]
+        for name, part in zip(self.names, quantized.split(rows), strict=True):
+            self._take(name, part)
+        return error
+
+    def _take(self, name: str, weight: FP4Weight) -> None:
+        linear = self._linears[name]
+        input_scale = None
+        if self._input_scale is not None and self._rule is not None:
+            input_scale = self._input_scale.clone()
+        static = input_scale is not None
+        layer = new_layer(linear, self._config, self.hadamard_size, static_input_scale=static)
+        layer.set_weight(weight, linear.bias, input_scale)
+        self._install(name, layer)
+
+    def restore(self, layers: dict[str, FP4Linear]) -> None:
+        """Take over layers that an earlier run solved."""
+        for name in self.names:
+            self._install(name, layers[name])
+        self.hadamard_size = layers[self.names[0]].hadamard_size
+        self._input_scale = layers[self.names[0]].input_global_scale
+
+    def _install(self, name: str, layer: FP4Linear) -> None:
+        self._dequantized[name] = dequantize_blocks(*layer.stored(), self._format, self._dtype)
+        self.solved[name] = layer
+
+    def simulated(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """Per linear a function that computes what its FP4Linear will, on weights that are unpacked once per block."""
+        return {name: partial(self._forward, name) for name in self.names}
+
+    def _forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        layer = self.solved[name]
+        if self._memo is None or self._memo[0] is not x:
+            self._memo = (x, self._quantize_input(x, layer.input_global_scale))
+        values, divisor = self._memo[1]
+        y = matmul(values, divisor, self._dequantized[name], layer.weight_global_scale, layer.bias)
+        return y.to(x.dtype)
+
+
+def _spread(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """At most ``count`` rows, evenly spread."""
+    return rows[:: max(1, -(-len(rows) // count))]
+
+
+def _spread_columns(features: int, device: torch.device) -> torch.Tensor:
+    """At most `ROTATION_COLUMNS` columns, in whole blocks of the largest rotation, evenly spread; all if they are few."""
+    columns, block = torch.arange(features, device=device), max(HADAMARD_SIZES)
+    if features <= ROTATION_COLUMNS or features % block:
+        return columns
+    return _spread(columns.view(-1, block), ROTATION_COLUMNS // block).flatten()
+
+
+def new_layer(
+    linear: nn.Linear, config: MRGPTQConfig, hadamard_size: int | None, *, static_input_scale: bool
+) -> FP4Linear:
+    """An empty FP4Linear for ``linear``, on the meta device."""
+    return FP4Linear(
+        linear.in_features,
+        linear.out_features,
+        config.fp4_format,
+        bias=linear.bias is not None,
+        hadamard_size=hadamard_size,
+        activation_scale_rule=config.linear_activation_rule,
+        static_input_scale=static_input_scale,
+        dtype=linear.weight.dtype if linear.weight.is_floating_point() else None,
+        device="meta",
+    )
