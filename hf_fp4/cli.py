@@ -1,4 +1,4 @@
-"""`hf-fp4`: quantize a model and measure what that cost, from a terminal.
+"""`hf-fp4`: quantize a model, measure what that cost and how fast it is, and see what this machine can do.
 
 The flags of `quantize` are `MRGPTQConfig`'s fields: names, types, defaults and help come from there.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import statistics
 import sys
 import traceback
@@ -30,8 +31,10 @@ from transformers import (
 )
 
 from . import __version__
+from .bench import BenchSettings, bench
 from .calibration.driver import LayerReport
 from .config import MRGPTQConfig
+from .doctor import examine
 from .evaluate import evaluate
 from .layers.linear import FP4Linear
 from .layers.replace import describe_skipped
@@ -39,6 +42,7 @@ from .layers.replace import describe_skipped
 # What a user can bring about; anything else is a bug of ours and keeps its traceback.
 _EXPECTED = (ValueError, OSError, RuntimeError, ImportError, SafetensorError)
 _SET_BY_A_RUN = ("modules", "calibration")
+_KERNELS = ("kernel_repo", "kernel_version", "trust_kernel_repo")
 _CALIBRATION = (
     "dataset",
     "tokenizer",
@@ -64,6 +68,8 @@ _EXAMPLE = """\
 example:
   hf-fp4 quantize Qwen/Qwen3-8B Qwen3-8B-NVFP4
   hf-fp4 evaluate Qwen3-8B-NVFP4 --reference Qwen/Qwen3-8B --text some-english.txt
+  hf-fp4 doctor
+  hf-fp4 bench Qwen3-8B-NVFP4 --reference Qwen/Qwen3-8B --compile
 
 Anyone with hf-fp4 installed then loads it, after `import hf_fp4`, with
   AutoModelForCausalLM.from_pretrained("Qwen3-8B-NVFP4")
@@ -84,12 +90,31 @@ example:
   hf-fp4 evaluate ./model-nvfp4 --reference ./model --text held-out.txt --max-tokens 20000
 """
 
+_BENCH_EXAMPLE = """\
+examples:
+  hf-fp4 bench ./model-nvfp4 --reference ./model --compile
+  hf-fp4 bench ./model-nvfp4 --batch 8 --prompt-tokens 2048 --new-tokens 128 --json result.json
+"""
+
+_DOCTOR_EXAMPLE = """\
+examples:
+  hf-fp4 doctor
+  hf-fp4 doctor --kernel-repo you/your-kernels --trust-kernel-repo
+
+A directory with a kernel package is used instead of the Hub with
+  LOCAL_KERNELS=hf-fp4/hf-fp4-kernels=DIRECTORY hf-fp4 doctor
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (default: the process's) and return its exit code: 0, or 2 for a refusal."""
+    """Run the command line ``argv`` (default: the process's) and return its exit code.
+
+    0; 1 when `doctor` finds a wrong result; 2 for a refusal.
+    """
     args = build_parser().parse_args(argv)
+    args.command_line = shlex.join(["hf-fp4", *(sys.argv[1:] if argv is None else argv)])
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         resume = (
             "; the same command with the same --work-dir resumes" if getattr(args, "work_dir", None) else ""
@@ -101,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"hf-fp4: error: {_one_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _one_line(error: Exception) -> str:
@@ -126,6 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_quantize(commands)
     _add_evaluate(commands)
+    _add_bench(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -157,7 +183,8 @@ def _add_quantize(commands: Any) -> None:
         help="start from the recipe of arXiv 2509.23202 instead of the defaults below; other flags still count",
     )
     calibration = parser.add_argument_group("calibration")
-    _add_config_flags(method, calibration)
+    kernels = parser.add_argument_group("GPU kernels")
+    _add_config_flags({_CALIBRATION: calibration, _KERNELS: kernels}, others=method)
     _add_loading_flags(parser)
 
 
@@ -188,7 +215,54 @@ def _add_evaluate(commands: Any) -> None:
     _add_loading_flags(parser)
 
 
-def _add_loading_flags(parser: argparse.ArgumentParser) -> None:
+def _add_bench(commands: Any) -> None:
+    parser = _new_parser(
+        commands.add_parser,
+        "bench",
+        usage="hf-fp4 bench [options] MODEL",
+        help="tokens per second of a model, next to the original",
+        description="Time MODEL, and with --reference the original model, on random tokens: one forward pass\nover the "
+        "prompt (prefill), and greedy generation after it (decode).",
+        epilog=_BENCH_EXAMPLE,
+    )
+    parser.set_defaults(run=_bench)
+    parser.add_argument("model", metavar="MODEL", help="a model on the Hub, or a local directory")
+    parser.add_argument("--reference", metavar="ORIGINAL", help="the model before quantization")
+    for name, text in (
+        ("batch", "sequences at a time"),
+        ("prompt_tokens", "tokens of each prompt"),
+        ("new_tokens", "tokens to generate for each"),
+        ("repeats", "how often each is timed"),
+    ):
+        default = getattr(BenchSettings, name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar="N",
+            type=int,
+            default=default,
+            help=f"{text} (default: {default})",
+        )
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result to this file as well")
+    _add_loading_flags(parser, dtype="bfloat16")
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = _new_parser(
+        commands.add_parser,
+        "doctor",
+        usage="hf-fp4 doctor [options]",
+        help="which GPU kernels run here, why not others, and whether they are right",
+        description="Show versions, GPUs and what FP4 linears run on here, with the reason for each backend that\ncannot "
+        "run, and check its results. Exit code 1 if a result is wrong.",
+        epilog=_DOCTOR_EXAMPLE,
+    )
+    parser.set_defaults(run=_doctor)
+    _add_config_flags({_KERNELS: parser.add_argument_group("GPU kernels")})
+    _add_debug_flag(parser)
+
+
+def _add_loading_flags(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
     group = parser.add_argument_group("loading")
     group.add_argument(
         "--device-map",
@@ -199,24 +273,32 @@ def _add_loading_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         metavar="TYPE",
-        default="auto",
-        help="bfloat16, float16, float32, or auto: as stored (default: auto)",
+        default=dtype,
+        help=f"bfloat16, float16, float32, or auto: as stored (default: {dtype})",
     )
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
     )
+    _add_debug_flag(group)
+
+
+def _add_debug_flag(group: argparse._ActionsContainer) -> None:
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def _add_config_flags(method: argparse._ArgumentGroup, calibration: argparse._ArgumentGroup) -> None:
+def _add_config_flags(
+    groups: dict[tuple[str, ...], argparse._ArgumentGroup], others: argparse._ArgumentGroup | None = None
+) -> None:
+    """A flag for every field that ``groups`` name, in that group; with ``others`` for all the rest, there."""
     hints = typing.get_type_hints(MRGPTQConfig)
     docs = _field_docs(MRGPTQConfig.__doc__ or "")
     for field in fields(MRGPTQConfig):
-        if not field.init or field.name in _SET_BY_A_RUN:
+        group = next((group for names, group in groups.items() if field.name in names), others)
+        if group is None or not field.init or field.name in _SET_BY_A_RUN:
             continue
         text = _HELP.get(field.name, docs.get(field.name, ""))
         default = "" if field.default is None else f" (default: {field.default})"
-        (calibration if field.name in _CALIBRATION else method).add_argument(
+        group.add_argument(
             f"--{field.name.replace('_', '-')}",
             dest=field.name,
             default=argparse.SUPPRESS,  # only what was given is passed on: --paper has other defaults
@@ -258,7 +340,7 @@ def _field_docs(docstring: str) -> dict[str, str]:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    given = {f.name: getattr(args, f.name) for f in fields(MRGPTQConfig) if hasattr(args, f.name)}
+    given = _given_fields(args)
     config = MRGPTQConfig.paper(**given) if args.paper else MRGPTQConfig(**given)
     _check_target(args.out, args.model, args.overwrite)
     _check_unquantized(args)
@@ -272,6 +354,10 @@ def _quantize(args: argparse.Namespace) -> None:
     print(f"{args.out}: {_size(saved)}, was {_size(_unquantized_bytes(model))}")
     if tokenizer is None:
         print(f"{args.model} has no tokenizer, none was saved")
+
+
+def _given_fields(args: argparse.Namespace) -> dict[str, Any]:
+    return {f.name: getattr(args, f.name) for f in fields(MRGPTQConfig) if hasattr(args, f.name)}
 
 
 def _check_target(out: Path, model: str, overwrite: bool) -> None:
@@ -394,6 +480,27 @@ def _evaluate(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
     )
     print(json.dumps(result.to_dict()) if args.json else result)
+
+
+# --- bench and doctor
+
+
+def _bench(args: argparse.Namespace) -> None:
+    settings = BenchSettings(args.batch, args.prompt_tokens, args.new_tokens, args.compile, args.repeats)
+    if args.json and not args.json.absolute().parent.is_dir():  # before the work
+        raise ValueError(f"--json must be in a directory that exists, got {args.json}; make it first")
+    result = bench(
+        lambda name: _load_model(args, name), args.model, args.reference, settings, own_version=__version__
+    )
+    print("\n".join(["", *_table(result.rows()), "", *result.notes(), args.command_line]))
+    if args.json:
+        values = {**result.to_dict(), "command": args.command_line}
+        args.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    config = MRGPTQConfig(**_given_fields(args))
+    return 0 if examine(config.kernel_source, __version__) else 1
 
 
 # --- loading

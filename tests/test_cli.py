@@ -110,12 +110,15 @@ def test_every_field_that_is_given_arrives(original, text_file, tmp_path, monkey
         "seed": 5,
         "modules_to_not_convert": ["k_proj", "v_proj"],
         "work_dir": str(tmp_path / "work"),
+        "kernel_repo": "you/yours",
+        "kernel_version": 2,
+        "trust_kernel_repo": True,
     }
     flags = []
     for name, value in values.items():
         flag = f"--{name.replace('_', '-')}"
-        if value is False:
-            flags.append(f"--no-{flag[2:]}")
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
         else:
             flags += [
                 part for item in (value if isinstance(value, list) else [value]) for part in (flag, str(item))
@@ -283,7 +286,7 @@ def test_help_as_a_program():
     assert "hf-fp4 quantize Qwen/Qwen3-8B Qwen3-8B-NVFP4" in run.stdout
 
 
-@pytest.mark.parametrize("command", ["quantize", "evaluate"])
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "bench", "doctor"])
 def test_help_explains_every_flag(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit, match="0"):

@@ -47,7 +47,7 @@ def test_only_what_the_config_names_is_loaded(trust, monkeypatch):
     monkeypatch.setattr(kernels, "get_kernel", get_kernel)
     config = MRGPTQConfig(kernel_repo="me/kernels", kernel_version=3, trust_kernel_repo=trust)
     found = select(config.kernel_source, CUDA)
-    assert found.backend == "cuda" and found.module is not None and not found.turned_down
+    assert found.backend == "cuda" and found.module is not None and set(found.turned_down) == {"blackwell"}
     assert select(config.kernel_source, CUDA) is found
     expected = {"version": 3, "trust_remote_code": trust, "check_arch": False}
     assert loaded == [("me/kernels", expected)], "loaded once, and as the config says"
@@ -60,9 +60,22 @@ def test_publishers_are_not_trusted_by_default():
 def test_triton_is_taken_with_the_reason_why_cuda_is_not(monkeypatch):
     monkeypatch.setattr(kernels, "get_kernel", lambda *a, **k: package("triton"))
     found = select(SOURCE, CUDA)
-    assert found.backend == "triton" and set(found.turned_down) == {"cuda"}
+    assert found.backend == "triton" and set(found.turned_down) == {"blackwell", "cuda"}
     text = describe(found, SOURCE)
-    assert "triton backend" in text and "compute capability 9.0, and GPU 80GB has 8.9" in text
+    assert (
+        "triton backend" in text
+        and "compute capability 9.0 and the compiled build of the package, GPU 80GB has 8.9" in text
+    )
+    assert "FP4 tensor cores" in text
+
+
+def test_a_gpu_that_was_lost_is_a_reason(monkeypatch):
+    def fail(index):
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(kernels, "get_kernel", lambda *a, **k: package("triton"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", fail)
+    assert "device lost" in describe(select(SOURCE, CUDA), SOURCE)
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,14 @@ ORDER = (
     "layers",
     "config",
     "calibration",
+    "checkpoint_files",
     "quantizer",
+    "other_layouts",
     "compressed_tensors",
     "evaluate",
     "model_card",
+    "doctor",
+    "bench",
     "cli",
 )
 """Files and folders of the package in the order of the data flow."""

@@ -30,7 +30,7 @@ class Kernels:
     """What `select` found: the functions of a loaded kernel package, or none, which means the reference backend.
 
     Attributes:
-        backend: ``"cuda"``, ``"triton"`` or ``"reference"``.
+        backend: ``"blackwell"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
         module: the package, whose functions its own docstrings describe; None for the reference.
         turned_down: the reason for each better backend that cannot run, by its name.
     """
@@ -62,16 +62,25 @@ def _select_cuda(source: KernelSource, index: int) -> Kernels:
     try:
         module = _load(source)
         backend = module.backend_of(index)
+        turned_down = _why_not_better(backend, index)
     except Exception as error:  # noqa: BLE001 - whatever keeps a kernel from loading is a reason to go on without it
         reason = f"{type(error).__name__}: {error}".strip()
-        return Kernels("reference", turned_down={"cuda": reason, "triton": reason})
-    turned_down = {}
-    if backend != "cuda":
-        turned_down["cuda"] = (
-            f"its kernels are for compute capability 9.0, and {torch.cuda.get_device_name(index)} has "
-            f"{'.'.join(map(str, torch.cuda.get_device_capability(index)))}, or the package was not compiled for this system"
-        )
+        return Kernels("reference", turned_down=dict.fromkeys(_BETTER, reason))
     return Kernels(backend, module, turned_down)
+
+
+_BETTER = ("blackwell", "cuda", "triton")
+"""Backends of the kernel package, the best first; which one a GPU takes is the package's choice."""
+
+
+def _why_not_better(backend: str, index: int) -> dict[str, str]:
+    needs = {
+        "blackwell": "FP4 tensor cores (compute capability 10.x or 12.0) and kernels for them",
+        "cuda": "compute capability 9.0 and the compiled build of the package",
+    }
+    capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+    has = f"{torch.cuda.get_device_name(index)} has {capability}"
+    return {name: f"it needs {needs[name]}, {has}" for name in _BETTER[: _BETTER.index(backend)]}
 
 
 @functools.cache

@@ -1,0 +1,179 @@
+"""How long quantizing takes, stage by stage, on a model of a given shape with random weights and random tokens.
+
+    python examples/quantize_speed.py                      # Llama-3.1-8B's shape, 128 x 2048 tokens, on a GPU
+    python examples/quantize_speed.py --layers 4           # four blocks of it; a block's time does not depend on its number
+    python examples/quantize_speed.py --recipe paper --format mxfp4 --json times.json
+
+Stages are timed with the device synchronised before and after, which costs a little overlap; the total is of a second run
+without that, unless `--stages-only`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from hf_fp4 import MRGPTQConfig
+from hf_fp4.calibration import data, driver, forwards, group
+
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+STAGES: dict[str, tuple[Any, str]] = {
+    "forward passes": (forwards.PausedForward, "_advance"),
+    "second moments": (group.SecondMoments, "add"),
+    "rotate and quantize inputs": (group.Group, "_quantize_input"),
+    "choice of rotations": (group.Group, "_best_size"),
+    "factorization": (group.DampedMoments, "of"),
+    "correction": (group.DampedMoments, "correct_target"),
+    "scale search": (group, "weight_scales"),
+    "columns (GPTQ)": (group, "solve"),
+    "coordinate descent": (group, "descend"),
+    "error report": (group, "relative_output_error"),
+}
+"""Where each stage's time is taken; what a stage calls within another one counts for the inner one only."""
+
+
+class Stopwatch:
+    """Seconds per stage, of the innermost one that runs."""
+
+    def __init__(self, synchronize: Callable[[], None]):
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._synchronize, self._running = synchronize, []
+
+    def timed(self, stage: str, function: Callable) -> Callable:
+        """``function``, its time added to ``stage``."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._switch()
+            self._running.append([stage, time.perf_counter()])
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._switch()
+                self._running.pop()
+                if self._running:
+                    self._running[-1][1] = time.perf_counter()
+
+        return run
+
+    def _switch(self) -> None:
+        self._synchronize()
+        if self._running:
+            stage, start = self._running[-1]
+            self.seconds[stage] += time.perf_counter() - start
+
+
+@contextmanager
+def watching(watch: Stopwatch):
+    """Context in which every stage is timed."""
+    with ExitStack() as stack:
+        for stage, (owner, name) in STAGES.items():
+            bound = owner.__dict__.get(name)
+            if isinstance(bound, classmethod):
+                wrapped = staticmethod(watch.timed(stage, getattr(owner, name)))
+            else:
+                wrapped = watch.timed(stage, getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, wrapped))
+        yield
+
+
+def random_model(config: Any, device: str) -> PreTrainedModel:
+    """Weights as a fresh initialisation has them, in bfloat16."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def random_tokens(args: argparse.Namespace, vocab_size: int) -> data.CalibrationData:
+    """Tokens drawn uniformly; timing does not depend on which they are."""
+    ids = torch.randint(
+        0, vocab_size, (args.num_samples, args.sequence_length), generator=torch.Generator().manual_seed(1)
+    )
+    return data.CalibrationData(list(ids.split(args.batch_size)), "random", "random tokens")
+
+
+def quantize(args: argparse.Namespace, shape: Any, watch: Stopwatch | None) -> dict[str, float]:
+    """One run; returns its seconds and, on a GPU, the peak of its memory over the weights in GB."""
+    model = random_model(shape, args.device)
+    make = MRGPTQConfig.paper if args.recipe == "paper" else MRGPTQConfig
+    config = make(format=args.format, activations=args.activations, batch_size=args.batch_size)
+    tokens = random_tokens(args, model.config.vocab_size)
+    on_gpu = torch.device(args.device).type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        weights = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    with watching(watch) if watch else ExitStack():
+        driver.quantize_model(model, config, tokens)
+    if on_gpu:
+        torch.cuda.synchronize()
+    result = {"seconds": time.perf_counter() - start}
+    if on_gpu:
+        result["peak_gb_over_weights"] = (torch.cuda.max_memory_allocated() - weights) / 1e9
+    return result
+
+
+def table(stages: dict[str, float], total: float, layers: int) -> str:
+    """Markdown: seconds per stage and per block, and their share."""
+    rest = total - sum(stages.values())
+    lines = ["| stage | s | s per block | share |", "| --- | --- | --- | --- |"]
+    for name, seconds in [*stages.items(), ("everything else", rest), ("total", total)]:
+        lines.append(f"| {name} | {seconds:.2f} | {seconds / layers:.3f} | {100 * seconds / total:.0f} % |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", help="a model whose config.json gives the shape; default: Llama-3.1-8B's")
+    parser.add_argument("--layers", type=int, help="number of decoder blocks")
+    parser.add_argument("--format", default="nvfp4", choices=["nvfp4", "mxfp4"])
+    parser.add_argument("--activations", default="fp4", choices=["fp4", "bf16"])
+    parser.add_argument("--recipe", default="default", choices=["default", "paper"])
+    parser.add_argument("--num-samples", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--stages-only", action="store_true", help="leave out the run without stages")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    shape = AutoConfig.from_pretrained(args.shape) if args.shape else LlamaConfig(**LLAMA_8B)
+    if args.layers:
+        shape.num_hidden_layers = args.layers
+    name = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else args.device
+    print(
+        f"{name}, torch {torch.__version__}, {shape.num_hidden_layers} blocks, {args.recipe} {args.format} {args.activations}"
+    )
+
+    watch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
+    staged = quantize(args, shape, watch)
+    print(table(watch.seconds, staged["seconds"], shape.num_hidden_layers), flush=True)
+    plain = staged if args.stages_only else quantize(args, shape, None)
+    print(", ".join(f"{key.replace('_', ' ')}: {value:.2f}" for key, value in plain.items()))
+    if args.json:
+        args.json.write_text(
+            json.dumps({"stages": watch.seconds, "staged": staged, "plain": plain}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
