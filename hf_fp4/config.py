@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .backends import KernelSource
@@ -20,7 +21,7 @@ _HOW_TO_LOAD = "pip install hf-fp4, then `import hf_fp4` before AutoModelForCaus
 _LOADING_ATTRIBUTES = ("kernel_repo", "kernel_version", "trust_kernel_repo")
 """A checkpoint does not have these: whoever loads it says which kernels run."""
 
-_NOT_SAVED = ("tokenizer", "batch_size", "work_dir", *_LOADING_ATTRIBUTES)
+_NOT_SAVED = ("tokenizer", "batch_size", "calibration_device", "work_dir", *_LOADING_ATTRIBUTES)
 
 
 @dataclass(repr=False)
@@ -52,6 +53,8 @@ class MRGPTQConfig(QuantizationConfigMixin):
         tokenizer: the tokenizer for ``dataset``, or where to load it from; ``None``: the model's own.
         num_samples, sequence_length: how many calibration sequences of how many tokens.
         batch_size: sequences per forward pass while calibrating.
+        calibration_device: where blocks are calibrated, one at a time, such as ``"cuda:0"``; ``None``: where they are, and
+            for a model in CPU memory on the GPU if there is one.
         seed: which part of the dataset is used.
         modules_to_not_convert: names of modules that stay as they are, beside the output head, embeddings and routers.
         work_dir: a directory that keeps each finished block, so that a killed run resumes; ``None``: nothing is kept.
@@ -81,6 +84,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
     num_samples: int = 128
     sequence_length: int = 2048
     batch_size: int = 8
+    calibration_device: str | None = None
     seed: int = 0
     modules_to_not_convert: list[str] | None = None
     work_dir: str | os.PathLike | None = None
@@ -123,6 +127,15 @@ class MRGPTQConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"damp_percent must be between 0 and 1 (0.01 to 0.1 is usual), got {self.damp_percent!r}"
             )
+        if self.calibration_device is not None:
+            try:
+                if not isinstance(self.calibration_device, str):
+                    raise TypeError
+                torch.device(self.calibration_device)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(
+                    f'calibration_device must be a device such as "cuda:0" or "cpu", got {self.calibration_device!r}'
+                ) from error
         if self.modules_to_not_convert is not None:
             self.modules_to_not_convert = _names("modules_to_not_convert", self.modules_to_not_convert)
 

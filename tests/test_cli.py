@@ -107,6 +107,7 @@ def test_every_field_that_is_given_arrives(original, text_file, tmp_path, monkey
         "num_samples": 3,
         "sequence_length": 31,
         "batch_size": 2,
+        "calibration_device": "cpu",
         "seed": 5,
         "modules_to_not_convert": ["k_proj", "v_proj"],
         "work_dir": str(tmp_path / "work"),
@@ -286,7 +287,7 @@ def test_help_as_a_program():
     assert "hf-fp4 quantize Qwen/Qwen3-8B Qwen3-8B-NVFP4" in run.stdout
 
 
-@pytest.mark.parametrize("command", ["quantize", "evaluate", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "bench", "doctor", "export", "import"])
 def test_help_explains_every_flag(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit, match="0"):

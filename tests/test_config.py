@@ -45,6 +45,16 @@ INVALID = {
     ),
     "batch_size": ([0, -1, 0.5, "8", None, True], r"batch_size must be a positive integer, got "),
     "seed": ([0.5, "0", None, True], r"seed must be an integer, got "),
+    "calibration_device": (
+        ["gpu", "cuda:x", 0, ["cuda"], True],
+        r"calibration_device must be a device such as ",
+    ),
+    "kernel_repo": (
+        ["kernels", "a/b/c", 3, None],
+        r'kernel_repo must be "owner/name" on the kernels hub, got ',
+    ),
+    "kernel_version": ([0, -1, 1.5, "1", None, True], r"kernel_version must be a positive integer, got "),
+    "trust_kernel_repo": ([1, "yes", None], r"trust_kernel_repo must be one of True, False, got "),
     "modules_to_not_convert": (
         ["lm_head", {"lm_head": 1}, [1], ["q_proj", None], 3],
         r"modules_to_not_convert must be a list of module names, got ",
@@ -65,6 +75,10 @@ VALID = {
     "sequence_length": [1, 8192],
     "batch_size": [1],
     "seed": [0, 7, -1],
+    "calibration_device": [None, "cpu", "cuda", "cuda:1"],
+    "kernel_repo": ["me/kernels"],
+    "kernel_version": [1, 7],
+    "trust_kernel_repo": [True, False],
     "modules_to_not_convert": [None, [], ["lm_head", r"model\.layers\.0"]],
 }
 CHANGED = {
@@ -209,6 +223,15 @@ def test_unknown_fields_are_refused():
     written = {**MRGPTQConfig().to_dict(), "rotation": "learned", "version": 2}
     with pytest.raises(ValueError, match=r"unknown fields \['rotation', 'version'\].*pip install -U hf-fp4"):
         MRGPTQConfig.from_dict(written)
+
+
+@pytest.mark.parametrize(
+    "named", [{"kernel_repo": "someone/else"}, {"kernel_version": 9}, {"trust_kernel_repo": True}], ids=str
+)
+def test_a_checkpoint_cannot_choose_what_code_runs(named):
+    with pytest.raises(ValueError, match=f"may not choose what code runs, got .*{next(iter(named))}"):
+        MRGPTQConfig.from_dict({**MRGPTQConfig().to_dict(), **named})
+    assert not set(named) & set(MRGPTQConfig(**named).to_dict())
 
 
 def test_bad_values_in_a_file_are_refused():

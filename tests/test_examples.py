@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -71,6 +72,32 @@ def test_quickstart(tiny, tmp_path):
     for label in ("Question: ", "Before: ", "After: ", "Weights: ", "perplexity", "KL divergence"):
         assert label in printed
     assert (tmp_path / "smollm2-nvfp4" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_quantize_speed(tiny, tmp_path, recipe):
+    arguments = [
+        "--shape",
+        tiny,
+        "--layers",
+        1,
+        "--num-samples",
+        4,
+        "--sequence-length",
+        32,
+        "--recipe",
+        recipe,
+    ]
+    printed = run_example(
+        "quantize_speed.py", *arguments, "--device", "cpu", "--json", tmp_path / "times.json"
+    )
+    result = json.loads((tmp_path / "times.json").read_text())
+    idle = {name for name, seconds in result["stages"].items() if seconds == 0}
+    assert idle == (
+        {"choice of rotations", "correction", "coordinate descent"} if recipe == "paper" else set()
+    )
+    assert sum(result["stages"].values()) < result["staged"]["seconds"]
+    assert "| columns (GPTQ) |" in printed and f"seconds: {result['plain']['seconds']:.2f}" in printed
 
 
 def test_held_out_text_is_long_enough_to_measure_on():

@@ -188,7 +188,9 @@ def test_the_same_threads_serve_every_block():
     with ThreadPoolExecutor(len(batches)) as threads:
         for _ in range(6):
             with paused_forwards(block, groups, threads) as start:
-                running = [start(inputs.hidden, inputs.calls[0], {groups[-1][0]: note}) for _, inputs in batches]
+                running = [
+                    start(inputs.hidden, inputs.calls[0], {groups[-1][0]: note}) for _, inputs in batches
+                ]
                 for forward in running:
                     forward.input_of(0)  # all of them wait at once
                 for forward in running:

@@ -334,8 +334,67 @@ def test_each_block_runs_once_per_batch_and_stream(zoo, monkeypatch):
 def test_a_stream_that_would_fill_the_gpu_waits_in_cpu_memory(streams, waits_on, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
     hidden = [SimpleNamespace(device=torch.device("cuda:0"), nbytes=1) for _ in range(streams)]
-    assert driver._resting_device(hidden) == torch.device(waits_on)
-    assert driver._resting_device([torch.ones(1)]) == torch.device("cpu")
+    assert driver._resting_device(hidden, torch.device("cuda:0")) == torch.device(waits_on)
+    assert driver._resting_device(hidden, torch.device("cpu")) == torch.device("cpu")
+
+
+def test_blocks_visit_the_calibration_device(zoo, monkeypatch):
+    """One at a time, and each comes back; here the device is another name of the CPU."""
+    expected = quantize(zoo("llama")).state_dict()
+    moves, to = [], torch.nn.Module.to
+
+    def noted(module, device):
+        moves.append((module, torch.device(device)))
+        return to(module, device)
+
+    monkeypatch.setattr(torch.nn.Module, "to", noted)
+    model = quantize(zoo("llama"), calibration_device="cpu:0")
+    blocks = list(model.model.layers)
+    places = (torch.device("cpu:0"), torch.device("cpu"))
+    assert moves == [(block, place) for block in blocks for place in places]
+    assert "calibration_device" not in model.config.quantization_config.to_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
+
+
+def test_a_failing_block_comes_back_from_the_calibration_device(zoo, monkeypatch):
+    homes = []
+
+    class Lost(RuntimeError):
+        pass
+
+    def fail(group):
+        raise Lost
+
+    monkeypatch.setattr(Group, "solve", fail)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: homes.append(torch.device(device)))
+    with pytest.raises(Lost):
+        quantize(zoo("llama"), calibration_device="cpu:0")
+    assert homes == [torch.device("cpu:0"), torch.device("cpu")]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "places", "expected"),
+    [(True, ("cpu", "cpu"), "cuda"), (True, ("cpu", "meta"), None), (False, ("cpu", "cpu"), None)],
+)
+def test_a_model_in_cpu_memory_is_calibrated_on_the_gpu(gpu, places, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    blocks = [torch.nn.Linear(2, 2, device=place) for place in places]
+    found = driver._calibration_device(MRGPTQConfig(), blocks)
+    assert found == (None if expected is None else torch.device(expected))
+    assert driver._calibration_device(MRGPTQConfig(calibration_device="cuda:1"), blocks) == torch.device(
+        "cuda:1"
+    )
+
+
+def test_a_spread_model_has_its_calibration_devices():
+    block = torch.nn.Linear(2, 2)
+    block._hf_hook = object()
+    with (
+        pytest.raises(ValueError, match="calibration_device is for models that device_map does not spread"),
+        driver._moved(block, torch.device("cpu:0")),
+    ):
+        pytest.fail("the block was moved")
 
 
 @pytest.mark.parametrize("size", [None, 32])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -110,7 +111,8 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     groups, skipped = _plan_groups(blocks, plans, selection.selected, selection.skipped)
     work = _open_work_dir(model, config, data)
     captured = list(capture_block_inputs(model, blocks, plans, data.batches))
-    resting = _resting_device([inputs.hidden for inputs in captured])
+    device = _calibration_device(config, blocks.modules)
+    resting = _resting_device([inputs.hidden for inputs in captured], device or captured[0].hidden.device)
     batches = [
         _Batch(inputs.hidden, inputs.hidden if config.uses_original_stream else None, inputs.calls, resting)
         for inputs in captured
@@ -120,9 +122,10 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     bar = logging.tqdm(total=len(blocks.modules), desc=f"MR-GPTQ {config.format}", unit="block")
     with bar, sdpa_kernel(_ATTENTION), ThreadPoolExecutor(2 * len(batches), "calibration") as threads:
         for index, name in enumerate(blocks.names):
-            block = _Block(blocks.modules[index], name, index, groups[index], config, threads)
-            reports += block.quantize(batches, work, advance=index < len(blocks.modules) - 1)
-            block.replace(model)
+            with _moved(blocks.modules[index], device):
+                block = _Block(blocks.modules[index], name, index, groups[index], config, threads)
+                reports += block.quantize(batches, work, advance=index < len(blocks.modules) - 1)
+                block.replace(model)
             bar.update()
     return Run(reports, skipped)
 
@@ -226,9 +229,35 @@ class _Block:
         return reports
 
 
-def _resting_device(hidden: list[torch.Tensor]) -> torch.device:
-    """Where a stream of this size waits: on its GPU if it takes at most a tenth of what is free there, else in CPU memory."""
-    device = hidden[0].device
+def _calibration_device(config: MRGPTQConfig, blocks: list[nn.Module]) -> torch.device | None:
+    """Where every block is moved to be calibrated; None: nowhere."""
+    if config.calibration_device is not None:
+        return torch.device(config.calibration_device)
+    in_cpu_memory = all(block_device(block).type == "cpu" for block in blocks)
+    return torch.device("cuda") if in_cpu_memory and torch.cuda.is_available() else None
+
+
+@contextmanager
+def _moved(block: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """Context in which ``block`` is on ``device``; afterwards it and what replaced its linears are where it was."""
+    home = block_device(block)
+    if device is None or device == home:
+        yield
+        return
+    if any(hasattr(module, "_hf_hook") for module in block.modules()):
+        raise ValueError(
+            "calibration_device is for models that device_map does not spread, got one with accelerate's hooks; load it "
+            'with device_map=None or "cpu", or leave calibration_device out'
+        )
+    block.to(device)
+    try:
+        yield
+    finally:
+        block.to(home)
+
+
+def _resting_device(hidden: list[torch.Tensor], device: torch.device) -> torch.device:
+    """Where a stream of this size waits: on ``device`` if it takes at most a tenth of what is free there, else in CPU memory."""
     if device.type != "cuda":
         return device
     free, _ = torch.cuda.mem_get_info(device)

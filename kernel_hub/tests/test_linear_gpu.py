@@ -161,6 +161,32 @@ def test_rotate_quantize(kernels, hadamard, format, rule, static):
     assert (~same_scale).double().mean().item() <= allowed
 
 
+def check_fake_quantize(kernels, x, mode, g):
+    """What the tokens stand for, exactly but where FP32 butterflies and the FP64 reference fall on two sides of a tie."""
+    values, multiplier = kernels.fake_quantize(
+        x, format=mode.format, activations=mode.activations, hadamard=mode.hadamard, rule=mode.rule,
+        input_global_scale=g,
+    )  # fmt: skip
+    want = ref.activation_values(x, mode, g)
+    assert values.shape == x.shape and values.dtype == (
+        x.dtype if mode.activations == "bf16" else torch.bfloat16
+    )
+    if mode.activations == "bf16":
+        assert multiplier.numel() == 0
+        torch.testing.assert_close(values.double(), want, rtol=2**-8, atol=1e-6)
+        return
+    got = values.double() * multiplier.double().view(-1, 1)
+    assert (got != want).double().mean().item() <= (0 if mode.hadamard is None and mode.static else 2e-3)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+def test_fake_quantize(kernels, mode):
+    torch.manual_seed(0)
+    x = torch.randn(37, 1152, device="cuda").to(getattr(torch, mode.dtype))
+    static = mode.format == "nvfp4" and mode.activations == "fp4" and mode.static
+    check_fake_quantize(kernels, x, mode, torch.tensor([128.0], device="cuda") if static else None)
+
+
 def test_ties_round_to_even(kernels):
     ties = torch.tensor(
         [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.2495, 0.2505, 5.01, 4.99, 0.0, -0.25, -1.75, -6.0]

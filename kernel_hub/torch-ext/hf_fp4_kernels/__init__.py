@@ -1,14 +1,16 @@
 """FP4 (NVFP4 and MXFP4) linear layers on the GPU: rotation, quantization, and matrix products with 4-bit weights.
 
 A weight is re-laid out once (`prepare_weight`); `linear` then runs any number of tokens. On compute capability 9.0 the
-compiled variant runs CUDA kernels, everywhere else (8.0 and newer) Triton ones. `gptq_solve` and `gptq_descend` choose the
-codes and block scales of a weight by GPTQ, in Triton. See the functions for shapes.
+compiled variant runs CUDA kernels, everywhere else (8.0 and newer) Triton ones, which on 10.x and 12.0 multiply W4A4 on FP4
+tensor cores (not run on Blackwell hardware). `gptq_solve` and `gptq_descend` choose the codes and block scales of a weight by
+GPTQ, in Triton. See the functions for shapes.
 """
 
 from ._linear import (
     PreparedTokens,
     PreparedWeight,
     backend_of,
+    fake_quantize,
     fp8_exact,
     gemm,
     linear,
@@ -22,6 +24,7 @@ __all__ = [
     "PreparedTokens",
     "PreparedWeight",
     "backend_of",
+    "fake_quantize",
     "fp8_exact",
     "gemm",
     "gptq_descend",

@@ -1,19 +1,22 @@
-"""The public functions: checks in one place, then the compiled ops (compute capability 9.0) or the Triton ops."""
+"""The public functions: checks in one place, then what the GPU's backend has for them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from . import _triton
+from . import _blackwell, _triton
 from ._cuda import FORMATS, OPERANDS, RULES, TILE_BYTES, is_compiled
 from ._ops import ops
 
 _ALLOWED_RULES = {"nvfp4": ("absmax", "four_over_six"), "mxfp4": ("absmax", "mse")}
 _GROUPS = {"nvfp4": 16, "mxfp4": 32}
+# Torch 2.11 brings Triton 3.6, the first that the Blackwell kernel was compiled with.
+_FP4_TENSOR_CORES = torch.__version__ >= (2, 11)
 
 
 class PreparedWeight(NamedTuple):
-    """A weight as the kernels read it. `packed` has three dimensions for the CUDA kernels, two for the Triton ones."""
+    """A weight as the kernels read it. `packed` has three dimensions for the CUDA kernels, two for all others."""
 
     packed: torch.Tensor  # uint8
     row_scale: torch.Tensor  # float32 [N], what a row's results are multiplied by
@@ -26,19 +29,138 @@ class PreparedTokens(NamedTuple):
     token_scale: torch.Tensor  # float32 [M], [1] or [0] (none), a multiplier
     shape: tuple[int, ...]  # of the input without its last dimension
     dtype: torch.dtype  # of the results
-    operand: str  # "bf16", "fp16" or "e4m3"; "triton" for the Triton kernels
+    operand: str  # what they are multiplied in: "bf16", "fp16", "e4m3" or "fp4"
+    backend: str  # whose they are
+    block_scale: torch.Tensor | None = None  # "fp4": float8_e4m3fn [M, K/16] or uint8 [M, K/32]
+
+
+class _Quantization(NamedTuple):
+    """What becomes of tokens. Checked, and in the ops' integers."""
+
+    global_scale: torch.Tensor | None
+    format: int
+    quantize: bool
+    hadamard: int
+    rule: int
+    operand: str  # of the CUDA kernels
 
 
 def backend_of(device: torch.device | int | None = None) -> str:
-    """ "cuda" or "triton": what runs on this GPU. RuntimeError if nothing does."""
+    """ "cuda", "blackwell" or "triton": what runs on this GPU. RuntimeError if nothing does.
+
+    "blackwell" (compute capability 10.x and 12.0) multiplies W4A4 on FP4 tensor cores, not run on such hardware so far; its
+    weights, and W4A16, are those of "triton".
+    """
     capability = torch.cuda.get_device_capability(device)
     if capability == (9, 0) and is_compiled():
         return "cuda"
+    # Not 12.1: Triton 3.6 multiplies mxfp4 in bf16 there, and does not compile nvfp4.
+    if _FP4_TENSOR_CORES and (capability[0] == 10 or capability == (12, 0)):
+        return "blackwell"
     if capability >= (8, 0):
         return "triton"
     raise RuntimeError(
         f"hf_fp4_kernels needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
     )
+
+
+def _backend_of_weight(packed: torch.Tensor) -> str:
+    """By its layout first: a weight in Triton's also runs where the CUDA kernels would have prepared another."""
+    if packed.dim() == 3:
+        return "cuda"
+    return "blackwell" if backend_of(packed.device) == "blackwell" else "triton"
+
+
+def _cuda_tokens(x: torch.Tensor, q: _Quantization) -> PreparedTokens:
+    tokens, token_scale = ops.prepare_activation(
+        x, q.global_scale, q.format, OPERANDS[q.operand], q.quantize, q.hadamard, q.rule
+    )
+    return PreparedTokens(tokens, token_scale, tuple(x.shape[:-1]), x.dtype, q.operand, "cuda")
+
+
+def _cuda_gemm(prepared, packed, row_scale, bias):
+    m = 1
+    for size in prepared.shape:
+        m *= size
+    return ops.prepared_gemm(
+        prepared.tokens, prepared.token_scale, packed, row_scale, bias, m, OPERANDS[prepared.operand],
+        prepared.dtype == torch.bfloat16, 0,
+    )  # fmt: skip
+
+
+def _cuda_linear(x, q, packed, row_scale, bias):
+    return ops.prepared_linear(
+        x, packed, row_scale, bias, q.global_scale, OPERANDS[q.operand], q.quantize, q.hadamard, q.rule
+    )
+
+
+def _triton_tokens(x: torch.Tensor, q: _Quantization) -> PreparedTokens:
+    tokens, token_scale = _triton.ops_prepare_activation(
+        x, q.global_scale, q.format, q.quantize, q.hadamard, q.rule
+    )
+    operand = "bf16" if tokens.dtype == torch.bfloat16 else "fp16"
+    return PreparedTokens(tokens, token_scale, tuple(x.shape[:-1]), x.dtype, operand, "triton")
+
+
+def _triton_gemm(prepared, packed, row_scale, bias):
+    return _triton.ops_gemm(
+        prepared.tokens, prepared.token_scale, packed, row_scale, bias, prepared.dtype == torch.bfloat16
+    )
+
+
+def _triton_linear(x, q, packed, row_scale, bias):
+    return _triton.ops_linear(
+        x, packed, row_scale, bias, q.global_scale, q.format, q.quantize, q.hadamard, q.rule
+    )
+
+
+def _blackwell_tokens(x: torch.Tensor, q: _Quantization) -> PreparedTokens:
+    if not q.quantize:
+        return _triton_tokens(x, q)
+    codes, block_scale, token_scale = _triton.ops_rotate_quantize(
+        x, q.global_scale, q.format, q.hadamard, q.rule
+    )
+    return PreparedTokens(codes, token_scale, tuple(x.shape[:-1]), x.dtype, "fp4", "blackwell", block_scale)
+
+
+def _blackwell_gemm(prepared, packed, row_scale, bias):
+    return _blackwell.ops_gemm(
+        prepared.tokens, prepared.block_scale, prepared.token_scale, packed, row_scale, bias,
+        prepared.dtype == torch.bfloat16,
+    )  # fmt: skip
+
+
+def _blackwell_linear(x, q, packed, row_scale, bias):
+    return gemm(_blackwell_tokens(x, q), packed, row_scale, bias)
+
+
+class _Backend(NamedTuple):
+    """What a backend does once the arguments are checked."""
+
+    prepare_weight: Callable  # weight, weight_scale, weight_global_scale -> packed, row_scale
+    rotate_quantize: Callable  # x, global_scale, format, hadamard, rule -> codes, block scales, token_scale
+    prepare_activation: Callable[[torch.Tensor, _Quantization], PreparedTokens]
+    gemm: Callable  # PreparedTokens, packed, row_scale, bias -> [M, N]
+    linear: Callable  # x, _Quantization, packed, row_scale, bias -> [M, N], or as x
+
+
+_TRITON = _Backend(
+    _triton.prepare_weight, _triton.ops_rotate_quantize, _triton_tokens, _triton_gemm, _triton_linear
+)
+_BACKENDS = {
+    # The compiled ops are looked up when called: a variant that has none still imports.
+    "cuda": _Backend(
+        lambda *arguments: ops.prepare_weight(*arguments),
+        lambda *arguments: ops.rotate_quantize(*arguments),
+        _cuda_tokens,
+        _cuda_gemm,
+        _cuda_linear,
+    ),
+    "triton": _TRITON,
+    "blackwell": _TRITON._replace(
+        prepare_activation=_blackwell_tokens, gemm=_blackwell_gemm, linear=_blackwell_linear
+    ),
+}
 
 
 def _format_of_scale(weight_scale: torch.Tensor) -> str:
@@ -91,11 +213,10 @@ def prepare_weight(
         )
     if format == "nvfp4" and weight_global_scale is None:
         raise ValueError("nvfp4 weights need weight_global_scale, got None")
-    if backend_of(weight.device) == "cuda":
-        return PreparedWeight(
-            *ops.prepare_weight(weight.contiguous(), weight_scale.contiguous(), weight_global_scale)
-        )
-    return PreparedWeight(*_triton.prepare_weight(weight, weight_scale, weight_global_scale))
+    backend = _BACKENDS[backend_of(weight.device)]
+    return PreparedWeight(
+        *backend.prepare_weight(weight.contiguous(), weight_scale.contiguous(), weight_global_scale)
+    )
 
 
 def restore_weight(
@@ -132,16 +253,19 @@ def rotate_quantize(
     """
     _check_rule(format, rule)
     _check_activation(x, format, hadamard)
-    arguments = (x.contiguous(), input_global_scale, FORMATS[format], hadamard or 0, RULES[rule])
-    if backend_of(x.device) == "cuda":
-        return ops.rotate_quantize(*arguments)
-    return _triton.ops_rotate_quantize(*arguments)
+    return _BACKENDS[backend_of(x.device)].rotate_quantize(
+        x.contiguous(), input_global_scale, FORMATS[format], hadamard or 0, RULES[rule]
+    )
 
 
-def _operand(format: str, activations: str, dtype: torch.dtype, fp8: bool) -> str:
+def _quantizes(activations: str) -> bool:
     if activations not in ("fp4", "bf16"):
         raise ValueError(f"activations must be 'fp4' or 'bf16', got {activations!r}")
-    if activations == "bf16":
+    return activations == "fp4"
+
+
+def _operand(format: str, quantize: bool, dtype: torch.dtype, fp8: bool) -> str:
+    if not quantize:
         return "bf16" if dtype == torch.bfloat16 else "fp16"
     return "e4m3" if format == "mxfp4" and fp8 else "bf16"
 
@@ -163,39 +287,41 @@ def prepare_activation(
     """
     _check_rule(format, rule)
     _check_activation(x, format, hadamard)
-    x = x.contiguous()
-    quantize = activations == "fp4"
-    operand = _operand(format, activations, x.dtype, fp8)
-    if backend_of(x.device) == "cuda":
-        tokens, token_scale = ops.prepare_activation(
-            x, input_global_scale, FORMATS[format], OPERANDS[operand], quantize, hadamard or 0, RULES[rule]
-        )
-    else:
-        operand = "triton"
-        tokens, token_scale = _triton.ops_prepare_activation(
-            x, input_global_scale, FORMATS[format], quantize, hadamard or 0, RULES[rule]
-        )
-    return PreparedTokens(tokens, token_scale, tuple(x.shape[:-1]), x.dtype, operand)
+    quantize = _quantizes(activations)
+    operand = _operand(format, quantize, x.dtype, fp8)
+    q = _Quantization(input_global_scale, FORMATS[format], quantize, hadamard or 0, RULES[rule], operand)
+    return _BACKENDS[backend_of(x.device)].prepare_activation(x.contiguous(), q)
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    *,
+    format: str,
+    activations: str = "fp4",
+    hadamard: int | None = None,
+    rule: str = "absmax",
+    input_global_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates (and for "fp4" quantizes) tokens and gives back what they stand for, to calibrate with.
+
+    Returns code * block scale in bf16 [..., K], which is exact, and the multiplier that belongs to it: float32 [1], or [M]
+    per token. For "bf16" the rotated values in the dtype of x, and an empty multiplier. Arguments: as `prepare_activation`.
+    """
+    _check_rule(format, rule)
+    _check_activation(x, format, hadamard)
+    quantize = _quantizes(activations)
+    values, multiplier = _triton.ops_prepare_activation(
+        x.contiguous(), input_global_scale, FORMATS[format], quantize, hadamard or 0, RULES[rule]
+    )
+    return values.view(x.shape), multiplier
 
 
 def gemm(
     prepared: PreparedTokens, packed: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """tokens x weight^T + bias: [..., N] in the dtype of the tokens' input. Same weight format as the tokens' `format`."""
-    n = row_scale.shape[0]
-    if prepared.operand == "triton":
-        y = _triton.ops_gemm(
-            prepared.tokens, prepared.token_scale, packed, row_scale, bias, prepared.dtype == torch.bfloat16
-        )
-    else:
-        m = 1
-        for size in prepared.shape:
-            m *= size
-        y = ops.prepared_gemm(
-            prepared.tokens, prepared.token_scale, packed, row_scale, bias, m, OPERANDS[prepared.operand],
-            prepared.dtype == torch.bfloat16, 0,
-        )  # fmt: skip
-    return y.view(*prepared.shape, n)
+    y = _BACKENDS[prepared.backend].gemm(prepared, packed, row_scale, bias)
+    return y.view(*prepared.shape, row_scale.shape[0])
 
 
 def linear(
@@ -221,31 +347,8 @@ def linear(
     format = _format_of_packed(packed, x.shape[-1])
     _check_rule(format, rule)
     _check_activation(x, format, hadamard)
-    x = x.contiguous()
-    quantize = activations == "fp4"
-    operand = _operand(format, activations, x.dtype, fp8)
-    if packed.dim() == 3:
-        y = ops.prepared_linear(
-            x,
-            packed,
-            row_scale,
-            bias,
-            input_global_scale,
-            OPERANDS[operand],
-            quantize,
-            hadamard or 0,
-            RULES[rule],
-        )
-    else:
-        y = _triton.ops_linear(
-            x,
-            packed,
-            row_scale,
-            bias,
-            input_global_scale,
-            FORMATS[format],
-            quantize,
-            hadamard or 0,
-            RULES[rule],
-        )
+    quantize = _quantizes(activations)
+    operand = _operand(format, quantize, x.dtype, fp8)
+    q = _Quantization(input_global_scale, FORMATS[format], quantize, hadamard or 0, RULES[rule], operand)
+    y = _BACKENDS[_backend_of_weight(packed)].linear(x.contiguous(), q, packed, row_scale, bias)
     return y.view(*x.shape[:-1], row_scale.shape[0])
