@@ -234,8 +234,7 @@ def activation_order(second: torch.Tensor) -> torch.Tensor:
     return second.diagonal().argsort(descending=True, stable=True)
 
 
-def relative_output_error(weight: torch.Tensor, quantized: torch.Tensor, second: torch.Tensor) -> float:
-    """``tr((W - Q) S (W - Q)^T) / tr(W S W^T)``: squared output error over squared output, for ``S`` [K, K]."""
+def output_error(weight: torch.Tensor, quantized: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """``tr((W - Q) S (W - Q)^T)`` and ``tr(W S W^T)``, float32 [2]: squared output error and squared output, for ``S`` [K, K]."""
     difference = weight - quantized
-    error = ((difference @ second) * difference).sum()
-    return (error / ((weight @ second) * weight).sum().clamp_min(1e-30)).item()
+    return torch.stack([((part @ second) * part).sum() for part in (difference, weight)])

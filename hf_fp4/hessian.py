@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +42,14 @@ class SecondMoments:
                 )
             _add_product(self._cross, original, x)
         self.tokens += x.shape[0]
+
+    def sum_over(self, sum_: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Add what other processes collected; ``sum_`` adds up a tensor over all of them, in place."""
+        tokens = torch.tensor([self.tokens], dtype=torch.int64, device=self._sum.device)
+        for total in (self._sum, self._cross, tokens):
+            if total is not None:
+                sum_(total)
+        self.tokens = int(tokens)
 
     @property
     def second(self) -> torch.Tensor:

@@ -37,6 +37,7 @@ from .checkpoint import WorkDir, weights_fingerprint
 from .data import CalibrationData
 from .forwards import paused_forwards
 from .group import Group, new_layer
+from .team import Team
 
 PROBE_TOKENS = 16
 
@@ -107,10 +108,12 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
         require_finite(linear.weight, f"the weight of {name}")
         if linear.bias is not None:
             require_finite(linear.bias, f"the bias of {name}")
+    team = Team()
+    team.require_same(data.fingerprint, "calibration data")
     plans = probe(model, blocks, data.batches[0][:1, :PROBE_TOKENS])
     groups, skipped = _plan_groups(blocks, plans, selection.selected, selection.skipped)
-    work = _open_work_dir(model, config, data)
-    captured = list(capture_block_inputs(model, blocks, plans, data.batches))
+    work = _open_work_dir(model, config, data) if team.rank == 0 else None
+    captured = list(capture_block_inputs(model, blocks, plans, team.share(data.batches)))
     device = _calibration_device(config, blocks.modules)
     resting = _resting_device([inputs.hidden for inputs in captured], device or captured[0].hidden.device)
     batches = [
@@ -119,11 +122,16 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     ]
     del captured
     reports: list[LayerReport] = []
-    bar = logging.tqdm(total=len(blocks.modules), desc=f"MR-GPTQ {config.format}", unit="block")
+    bar = logging.tqdm(
+        total=len(blocks.modules),
+        desc=f"MR-GPTQ {config.format}",
+        unit="block",
+        disable=team.rank > 0 or None,
+    )
     with bar, sdpa_kernel(_ATTENTION), ThreadPoolExecutor(2 * len(batches), "calibration") as threads:
         for index, name in enumerate(blocks.names):
             with _moved(blocks.modules[index], device):
-                block = _Block(blocks.modules[index], name, index, groups[index], config, threads)
+                block = _Block(blocks.modules[index], name, index, groups[index], config, threads, team)
                 reports += block.quantize(batches, work, advance=index < len(blocks.modules) - 1)
                 block.replace(model)
             bar.update()
@@ -141,10 +149,11 @@ class _Block:
         groups: list[list[str]],
         config: MRGPTQConfig,
         threads: Executor,
+        team: Team,
     ):
         self._module, self._name, self._index, self._config = module, name, index, config
-        self._threads = threads
-        self._groups = [Group(module, name, names, config) for names in groups]
+        self._threads, self._team = threads, team
+        self._groups = [Group(module, name, names, config, team) for names in groups]
         self._device = block_device(module)
 
     def quantize(self, batches: list[_Batch], work: WorkDir | None, *, advance: bool) -> list[LayerReport]:
@@ -152,7 +161,7 @@ class _Block:
 
         With ``advance`` both streams are moved to the next block's input.
         """
-        finished = work.load(self._index) if work else None
+        finished = self._team.decide(work is not None, lambda: work.load(self._index) if work else None)
         if finished is None and self._groups:
             return self._solve(batches, work, advance=advance)
         reports = self._restore(*finished) if finished else []
@@ -172,10 +181,13 @@ class _Block:
                 original.append(None if batch.original is None else begin(batch.original, call, {}))
             for index, group in enumerate(self._groups):
                 start = time.perf_counter()
-                for batch, forward, other in zip(batches, quantized, original, strict=True):
-                    group.observe(forward.input_of(index), None if other is None else other.input_of(index))
+                inputs = [forward.input_of(index) for forward in quantized]
+                group.start(inputs)
+                for batch, x, other in zip(batches, inputs, original, strict=True):
+                    group.observe(x, None if other is None else other.input_of(index))
                     if other is not None and advance and index == last:
                         batch.rest(other.output())  # it waits for no solve, and its memory is free sooner
+                del inputs, x
                 error = group.solve()
                 solved |= group.simulated()
                 seconds = time.perf_counter() - start

@@ -12,7 +12,7 @@ from ..backends import quantize_input, select
 from ..backends.reference import compute_dtype, matmul
 from ..config import MRGPTQConfig
 from ..formats import dequantize_blocks
-from ..gptq import FP4Weight, activation_order, descend, relative_output_error, round_weight, solve
+from ..gptq import FP4Weight, activation_order, descend, output_error, round_weight, solve
 from ..hessian import DampedMoments, SecondMoments
 from ..layers.linear import FP4Linear
 from ..layers.replace import linear_at
@@ -24,6 +24,7 @@ from ..scales import (
     weight_scales,
 )
 from .capture import require_finite
+from .team import Team
 
 ROTATION_TOKENS, ROTATION_ROWS, ROTATION_COLUMNS = 4096, 256, 2048
 """Tokens, output rows and input features on which the Hadamard size of a group is chosen."""
@@ -35,8 +36,8 @@ _PROVISIONAL_HEADROOM = 8.0
 class Group:
     """Linears of one block that share an input: statistics, solve, and the simulated forward afterwards."""
 
-    def __init__(self, block: nn.Module, prefix: str, names: list[str], config: MRGPTQConfig):
-        self.names, self.prefix = names, prefix
+    def __init__(self, block: nn.Module, prefix: str, names: list[str], config: MRGPTQConfig, team: Team):
+        self.names, self.prefix, self._team = names, prefix, team
         self._config, self._format, self._rule = config, config.fp4_format, config.linear_activation_rule
         self._linears = {name: linear_at(block, name) for name in names}
         first = self._linears[names[0]].weight
@@ -56,14 +57,31 @@ class Group:
             "" if len(self.names) == 1 else f" (+{len(self.names) - 1})"
         )
 
+    def start(self, inputs: list[torch.Tensor]) -> None:
+        """Choose the rotation; ``inputs``: what `observe` will be given, batch by batch."""
+        # An expert that no token of a batch was routed to has an empty input.
+        first = next(
+            (x.flatten(0, -2) for x in inputs if x.numel()), inputs[0].new_empty(0, inputs[0].shape[-1])
+        )
+        size = self._config.hadamard_group_size
+        if isinstance(size, str):  # "auto"
+            size = self._team.decide(len(first) > 0, lambda: self._best_size(_spread(first, ROTATION_TOKENS)))
+        self.hadamard_size = size
+        if self._format.has_global_scale:
+            absmax = torch.zeros(1, device=first.device)
+            if len(first):
+                absmax += rotate(first, size).abs().amax()
+            absmax = self._team.max_(absmax)
+            self._input_scale = input_global_scale(absmax * _PROVISIONAL_HEADROOM / 2)
+        self._moments = SecondMoments(first.shape[-1], first.device, cross=self._config.uses_original_stream)
+
     def observe(self, x: torch.Tensor, original: torch.Tensor | None) -> None:
         """Add one batch of inputs: of the quantized stream, and of the original one for the correction."""
+        assert self._moments is not None
         require_finite(x, f"the input of {self._title}")
         x = x.flatten(0, -2)
         if len(x) == 0:
-            return  # an expert that none of these tokens was routed to
-        if self._moments is None:
-            self._moments = self._start(x)
+            return
         rotated = self._rotated(x)
         self._absmax = torch.maximum(self._absmax, rotated.abs().amax())
         if self._rule is not None:
@@ -99,16 +117,6 @@ class Group:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return quantize_input(self._kernels, x, self._format, self._rule, self.hadamard_size, scale)
 
-    def _start(self, first: torch.Tensor) -> SecondMoments:
-        size = self._config.hadamard_group_size
-        if isinstance(size, str):  # "auto"
-            size = self._best_size(_spread(first, ROTATION_TOKENS))
-        self.hadamard_size = size
-        if self._format.has_global_scale:
-            absmax = rotate(first, self.hadamard_size).abs().amax().view(1)
-            self._input_scale = input_global_scale(absmax * _PROVISIONAL_HEADROOM / 2)
-        return SecondMoments(first.shape[-1], first.device, cross=self._config.uses_original_stream)
-
     def _best_size(self, sample: torch.Tensor) -> int | None:
         """The size, or none, whose solve leaves the least output error on the half of the sample it did not see."""
         sizes = [None, *(k for k in HADAMARD_SIZES if sample.shape[-1] % k == 0)]
@@ -122,7 +130,7 @@ class Group:
         self, size: int | None, weight: torch.Tensor, moments: DampedMoments, x: torch.Tensor
     ) -> float:
         weight, x = rotate(weight, size), rotate(x, size)
-        quantized = self._solve(weight, moments.rotated(size)).dequantize()
+        quantized = self._solve(weight, moments.rotated(size), self._global_scale(weight)).dequantize()
         seen = x
         if self._rule is not None:
             scale = input_global_scale(x.abs().amax().view(1)) if self._format.has_global_scale else None
@@ -133,12 +141,18 @@ class Group:
     def _stacked(self) -> torch.Tensor:
         return torch.cat([linear.weight.detach().float() for linear in self._linears.values()])
 
-    def _solve(self, weight: torch.Tensor, moments: DampedMoments, passes: int = 0) -> FP4Weight:
+    def _global_scale(self, weight: torch.Tensor) -> torch.Tensor | None:
+        return weight_global_scale(weight.abs().amax().view(1)) if self._format.has_global_scale else None
+
+    def _solve(
+        self,
+        weight: torch.Tensor,
+        moments: DampedMoments,
+        global_scale: torch.Tensor | None,
+        passes: int = 0,
+    ) -> FP4Weight:
         """Scales, then codes, of a rotated weight [N, K] under the second moments [K, K] of its inputs."""
         config = self._config
-        global_scale = (
-            weight_global_scale(weight.abs().amax().view(1)) if self._format.has_global_scale else None
-        )
         importance = moments.second.diagonal()
         scale = weight_scales(weight, self._format, config.weight_rule, global_scale, importance)
         if config.method == "rtn":
@@ -151,25 +165,30 @@ class Group:
 
     def solve(self) -> float:
         """Quantize the group's weights from what was observed; returns the relative output error."""
-        config = self._config
-        if self._moments is None:
+        config, team, moments = self._config, self._team, self._moments
+        assert moments is not None
+        moments.sum_over(team.sum_)
+        if moments.tokens == 0:
             raise ValueError(
                 f"no calibration token reached {self._title}; use more samples, or add it to modules_to_not_convert"
             )
-        second, cross = self._moments.second, self._moments.cross
+        second, cross = moments.second, moments.cross
         self._moments = None
         if self._input_scale is not None:
-            self._input_scale = input_global_scale(self._absmax)
+            self._input_scale = input_global_scale(team.max_(self._absmax))
         weight = rotate(self._stacked(), self.hadamard_size)
-        moments = DampedMoments.of(second, config.damp_percent, self._title)
+        damped = DampedMoments.of(second, config.damp_percent, self._title)
         if cross is not None:
-            weight = moments.correct_target(weight, cross, config.error_correction)
-        quantized = self._solve(weight, moments, config.descent_passes)
-        error = relative_output_error(weight, quantized.dequantize(), second)
+            weight = damped.correct_target(weight, cross, config.error_correction)
+        own, global_scale = weight[team.rows(len(weight))], self._global_scale(weight)
+        part = self._solve(own, damped, global_scale, config.descent_passes)
+        error, output = team.sum_(output_error(own, part.dequantize(), second)).tolist()
+        packed, scale = (team.join_rows(tensor, len(weight)) for tensor in (part.packed, part.scale))
+        quantized = FP4Weight(packed, scale, global_scale, self._format)
         rows = [linear.out_features for linear in self._linears.values()]
         for name, part in zip(self.names, quantized.split(rows), strict=True):
             self._take(name, part)
-        return error
+        return error / max(output, 1e-30)
 
     def _take(self, name: str, weight: FP4Weight) -> None:
         linear = self._linears[name]

@@ -11,6 +11,24 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which nothing has done yet
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--slow", action="store_true", help="without a GPU, run what takes long in Triton's interpreter"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available() or config.getoption("--slow"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(
+                pytest.mark.skip(reason="takes long in Triton's interpreter; --slow runs it, and a GPU does")
+            )
 
 
 def load_variant(path: Path):

@@ -1,31 +1,52 @@
-"""What can be checked of a built variant without a GPU: the loader's own validation, digests, and facts about the SASS."""
+"""What can be checked of a built variant without a GPU: the loader's own validation, digests, loading it through the loader
+and tracing every function, what the library needs, and facts about the SASS."""
 
-import base64
-import hashlib
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from build_tool import build_tool
 from conftest import variant_paths
+from load_kernels import REPO
 
 PATHS = variant_paths()
 
 
+def path_of(variant):
+    if variant not in PATHS:
+        pytest.skip(f"no {variant} variant built; run make in kernel_hub, which says what is missing")
+    return PATHS[variant]
+
+
 @pytest.fixture(params=["cuda", "triton"])
 def variant(request):
-    if request.param not in PATHS:
-        pytest.skip(f"no {request.param} variant built; run make in kernel_hub")
-    return PATHS[request.param]
+    return path_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def library():
+    return next(path_of("cuda").glob("*.abi3.so"))
+
+
+def test_variant_was_built_from_these_sources(variant):
+    tool = build_tool()
+    kind = "noarch" if variant.name == "torch-cuda" else "compiled"
+    found = json.loads((variant / "metadata.json").read_text())["id"]
+    assert found == tool.ops_name(tool.read_config(), kind), "the sources changed: run make in kernel_hub"
 
 
 def test_loader_takes_the_metadata(variant):
-    kernels = pytest.importorskip("kernels")
+    pytest.importorskip("kernels", reason="needs kernels, the loader")
     from kernels._rust import Metadata
     from kernels.validate import default_metadata_validators
 
-    assert kernels is not None
     metadata = Metadata.read_from_file(variant / "metadata.json")
     assert metadata.name.python_name == "hf_fp4_kernels" and metadata.version == 1
     for validator in default_metadata_validators():
@@ -34,7 +55,7 @@ def test_loader_takes_the_metadata(variant):
 
 @pytest.mark.parametrize("torch_version, preferred", [("2.10", "triton"), ("2.11", "cuda"), ("2.13", "cuda")])
 def test_loader_prefers_the_compiled_variant(torch_version, preferred):
-    pytest.importorskip("kernels")
+    pytest.importorskip("kernels", reason="needs kernels, the loader")
     from kernels.backends import CUDA
     from kernels.variants import _resolve_variant_for_system, parse_variant
     from packaging.version import Version
@@ -48,28 +69,127 @@ def test_loader_prefers_the_compiled_variant(torch_version, preferred):
     assert variants[0].variant_str == PATHS[preferred].name
 
 
-def test_digests_cover_every_file(variant):
-    digest = json.loads((variant / "metadata.json").read_text())["digest"]["files"]
-    files = {
-        str(p.relative_to(variant))
-        for p in variant.rglob("*")
-        if p.is_file() and "__pycache__" not in p.parts
-    }
-    assert set(digest) == files - {"metadata.json"}
-    for name, value in digest.items():
-        assert base64.b64encode(hashlib.sha256((variant / name).read_bytes()).digest()).decode() == value
+def test_digests_are_what_the_loader_computes(variant, tmp_path):
+    pytest.importorskip("kernels", reason="needs kernels, the loader")
+    from kernels._rust import Digest, DigestAlgorithm, DigestValidationError, Metadata
+
+    copy = shutil.copytree(variant, tmp_path / variant.name, ignore=shutil.ignore_patterns("__pycache__"))
+    stated = Metadata.read_from_file(copy / "metadata.json").digest
+    stated.validate(Digest.hash_variant(DigestAlgorithm.SHA256, copy))
+    with (copy / "_ops.py").open("a") as file:
+        file.write("# changed\n")
+    with pytest.raises(DigestValidationError):
+        stated.validate(Digest.hash_variant(DigestAlgorithm.SHA256, copy))
+
+
+def tool_or_skip(name):
+    """A program of PATH, or of those that Triton brings along."""
+    triton = importlib.util.find_spec("triton")
+    places = [] if triton is None else [str(Path(triton.origin).parent / "backends" / "nvidia" / "bin")]
+    path = os.pathsep.join([os.environ["PATH"], *places])
+    if shutil.which(name, path=path) is None:
+        pytest.skip(f"needs {name}")
+
+    def run(*arguments):
+        return subprocess.run(
+            [shutil.which(name, path=path), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PATH": path},
+        ).stdout
+
+    return run
+
+
+def stand_ins(library, directory):
+    """Libraries with the CUDA functions that ``library`` needs. All but those that register its kernels end the process."""
+    gxx, nm = tool_or_skip("g++"), tool_or_skip("nm")
+    names = {"libcudart.so.13": set(), "libtorch_cuda.so": set()}
+    for line in nm("-D", "--undefined-only", library).splitlines():
+        symbol, _, version = line.split()[-1].partition("@")
+        if "cuda" in symbol and (version or not symbol.startswith("aoti_torch_device_type")):
+            names[version or "libtorch_cuda.so"].add(symbol)
+    paths = []
+    for name, symbols in names.items():
+        bodies = {
+            s: "return 0;" if s.startswith("__cuda") and "egister" in s else "abort();" for s in symbols
+        }
+        source = directory / f"{name}.cpp"
+        source.write_text(
+            "#include <stdlib.h>\n"
+            + "".join(f'extern "C" void* {s}() {{ {b} }}\n' for s, b in bodies.items())
+        )
+        versions = directory / f"{name}.versions"
+        versions.write_text(f"{name} {{ *; }};\n")
+        flags = [f"-Wl,--version-script,{versions}"] if name.startswith("libcudart") else []
+        gxx("-shared", "-fPIC", f"-Wl,-soname,{name}", *flags, "-o", directory / name, source)
+        paths.append(directory / name)
+    return paths
+
+
+def load(variant, *libraries):
+    """What load_kernels.py, in a process of its own, prints."""
+    script = Path(__file__).with_name("load_kernels.py")
+    result = subprocess.run(
+        [sys.executable, script, *libraries],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "LOCAL_KERNELS": f"{REPO}={variant}", "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "triton"])
+def test_loads_without_cuda_and_traces(kind, tmp_path):
+    """get_kernel imports it, which starts nothing on a GPU; the ops' schemas and fakes take what the functions pass."""
+    pytest.importorskip("kernels", reason="needs kernels, the loader")
+    path = path_of(kind)
+    without_cuda = kind == "cuda" and torch.version.cuda is None
+    libraries = stand_ins(next(path.glob("*.abi3.so")), tmp_path) if without_cuda else []
+    found = load(path, *libraries)
+    assert Path(found["file"]) == path / "__init__.py"
+    assert found["backends"] == {"8.0": "triton", "9.0": kind, "10.0": "blackwell"}
+
+
+def test_hf_fp4_loads_what_local_kernels_names(monkeypatch):
+    hub = pytest.importorskip("hf_fp4.backends.hub", reason="needs hf_fp4")
+    path = path_of("triton")
+    monkeypatch.setenv("LOCAL_KERNELS", f"{REPO}={path}")
+    assert Path(hub._load(hub.KernelSource()).__file__) == path / "__init__.py"
+
+
+def version_of(text):
+    return tuple(map(int, text.split(".")))
+
+
+def test_library_needs_no_newer_system_than_manylinux_2_28(library):
+    """The limits of the kernel requirements, and no dependency but PyTorch's, CUDA's and the system's."""
+    objdump = tool_or_skip("objdump")
+    limits = {"GLIBC": "2.28", "GLIBCXX": "3.4.24", "CXXABI": "1.3.11", "GCC": "7.0.0"}
+    needed = set(re.findall(r"\((GLIBC|GLIBCXX|CXXABI|GCC)_([\d.]+)\)", objdump("-T", library)))
+    assert needed
+    too_new = [f"{n}_{v}" for n, v in needed if version_of(v) > version_of(limits[n])]
+    assert not too_new
+    libraries = re.findall(r"NEEDED\s+(\S+)", objdump("-p", library))
+    system = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2"}
+    assert set(libraries) - system == {"libtorch_cpu.so", "libtorch_cuda.so", "libcudart.so.13"}
 
 
 @pytest.fixture(scope="module")
-def sass():
-    if "cuda" not in PATHS:
-        pytest.skip("no compiled variant built; run make in kernel_hub")
-    if shutil.which("cuobjdump") is None:
-        pytest.skip("needs cuobjdump")
-    library = next(PATHS["cuda"].glob("*.abi3.so"))
-    return subprocess.run(
-        ["cuobjdump", "--dump-sass", str(library)], capture_output=True, text=True, check=True
-    ).stdout
+def sass(library):
+    return tool_or_skip("cuobjdump")("--dump-sass", library)
+
+
+def test_library_is_for_the_gpus_of_the_metadata(library, sass):
+    """And holds no PTX, which would be compiled for a newer GPU and fail there."""
+    archs = json.loads((library.parent / "metadata.json").read_text())["backend"]["archs"]
+    assert set(re.findall(r"^arch = (\S+)", sass, re.MULTILINE)) == {
+        f"sm_{arch.replace('.', '')}" for arch in archs
+    }
+    assert ".ptx" not in tool_or_skip("cuobjdump")("--list-ptx", library)
 
 
 def functions(sass: str) -> dict[str, str]:

@@ -1,10 +1,13 @@
 """Builds the Hub variant directories without Nix: nvcc, g++ and a torch wheel's headers are enough.
 
-    python tools/build.py                      # build/torch-stable-abi211-cu130-x86_64-linux (9.0a) and build/torch-cuda
-    python tools/build.py --variant noarch     # the Triton variant only; needs no compiler
+    python tools/build.py                       # build/torch-stable-abi211-cu130-x86_64-linux and build/torch-cuda
+    python tools/build.py --variant noarch      # the Triton variant only; needs no compiler
+    python tools/build.py --variant available   # the compiled variant only where its tools are found; for test machines
 
 The official kernel-builder takes the same source tree (build.toml). Nothing built here is run here.
 """
+
+from __future__ import annotations
 
 import argparse
 import base64
@@ -19,12 +22,16 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
+if sys.version_info < (3, 11):
+    raise SystemExit("build.py: needs Python 3.11 or newer to read build.toml; run make PYTHON=python3.11")
 import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 STABLE_ABI = (2, 11)
+CUDA_MAJOR = 13
 REGISTRATION = """#pragma once
 #include <Python.h>
 #define _CONCAT(A, B) A##B
@@ -63,6 +70,17 @@ def add_op_namespace_prefix(op_name: str):
 """
 
 
+class Unavailable(Exception):
+    """Something that compiling needs is not there; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    nvcc: str
+    cuda: tuple[int, int]
+    headers: Path  # torch's
+
+
 def run(command: list[str]) -> None:
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     if result.returncode != 0:
@@ -80,14 +98,95 @@ def source_digest(files: list[Path]) -> str:
     return digest.hexdigest()[:7]
 
 
+def read_config() -> dict:
+    return tomllib.loads((ROOT / "build.toml").read_text())
+
+
+def package_of(config: dict) -> str:
+    return config["general"]["name"].replace("-", "_")
+
+
 def python_sources(package: str) -> list[Path]:
     return sorted((ROOT / "torch-ext" / package).glob("*.py"))
 
 
-def cuda_version(nvcc: str) -> str:
+def ops_name(config: dict, variant: str) -> str:
+    """The name space of the ops, which is also the variant's id: its end changes with every source file."""
+    package = package_of(config)
+    sources = python_sources(package)
+    if variant == "noarch":
+        return f"_{package}_cuda_noarch_{source_digest(sources)}"
+    sources += [ROOT / s for k in config["kernel"].values() for s in k["src"]]
+    sources += [ROOT / s for s in config["torch"]["src"]]
+    return f"_{package}_cuda_{source_digest(sources)}"
+
+
+def choose_archs(config: dict, requested: str) -> list[str]:
+    """The compute capabilities to compile for: some of those that build.toml lists, or "all" of them."""
+    known = sorted({a for k in config["kernel"].values() for a in k["cuda-capabilities"]})
+    archs = known if requested == "all" else [a.strip() for a in requested.split(",") if a.strip()]
+    unknown = [a for a in archs if a not in known]
+    if unknown or not archs:
+        raise SystemExit(
+            f"build.py: archs must be of {', '.join(known)} or 'all', got {', '.join(unknown) or 'none'}; the CUDA sources"
+            " use instructions of that GPU alone, every other one runs the Triton files that each variant carries"
+        )
+    return archs
+
+
+def find_nvcc() -> str | None:
+    cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which(str(Path(cuda_home) / "bin" / "nvcc"))
+
+
+def cuda_version(nvcc: str) -> tuple[int, int]:
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     major, minor = re.search(r"release (\d+)\.(\d+)", text).groups()
-    return f"cu{major}{minor}"
+    return int(major), int(minor)
+
+
+def torch_headers() -> Path:
+    wanted = ".".join(map(str, STABLE_ABI))
+    try:
+        import torch
+    except ImportError:
+        raise Unavailable(
+            f"PyTorch is not installed for {sys.executable}, and its headers are needed; pip install 'torch>={wanted}'"
+            " (a CPU build will do)"
+        ) from None
+    if tuple(map(int, torch.__version__.split(".")[:2])) < STABLE_ABI:
+        raise Unavailable(
+            f"PyTorch must be {wanted} or newer, {torch.__version__} is installed; pip install 'torch>={wanted}'"
+        )
+    headers = Path(torch.__file__).parent / "include"
+    if not (headers / "torch/csrc/stable/library.h").is_file():
+        raise Unavailable(
+            f"PyTorch {torch.__version__} has no headers in {headers}; install one of PyTorch's own wheels"
+        )
+    return headers
+
+
+def find_toolchain(nvcc: str | None) -> Toolchain:
+    """Raises Unavailable, with the reason, where the compiled variant cannot be built."""
+    found = find_nvcc() if nvcc is None else shutil.which(nvcc)
+    if found is None:
+        raise Unavailable(
+            f"{nvcc or 'nvcc'} was not found; install the CUDA {CUDA_MAJOR} toolkit, name its compiler with NVCC=..., or"
+            " build the Triton variant alone with make noarch"
+        )
+    cuda = cuda_version(found)
+    if cuda[0] != CUDA_MAJOR:
+        raise Unavailable(
+            f"{found} is of CUDA {cuda[0]}.{cuda[1]}, these sources are for CUDA {CUDA_MAJOR}; name another with NVCC=..."
+        )
+    if shutil.which("g++") is None:
+        raise Unavailable("g++ was not found; install it (Debian, Ubuntu: the package g++)")
+    python = Path(sysconfig.get_paths()["include"])
+    if not (python / "Python.h").is_file():
+        raise Unavailable(
+            f"Python.h is not in {python}; install Python's headers (Debian, Ubuntu: python3-dev)"
+        )
+    return Toolchain(found, cuda, torch_headers())
 
 
 def torch_libraries(scratch: Path) -> list[str]:
@@ -100,60 +199,51 @@ def torch_libraries(scratch: Path) -> list[str]:
     return ["-Xlinker", ",".join(["--no-as-needed", *paths])]
 
 
-def compile_extension(config: dict, ops_name: str, nvcc: str, archs: list[str], out: Path) -> None:
-    import torch
+def sources_to_compile(config: dict, archs: list[str]) -> dict[Path, list[str]]:
+    """Every source file with the compiler flags that only it gets."""
+    flags = {ROOT / s: [] for s in config["torch"]["src"] if s.endswith(".cpp")}
+    flags[ROOT / "tools" / "manylinux.cpp"] = []
+    for name, kernel in config["kernel"].items():
+        numbers = [a.replace(".", "") for a in archs if a in kernel["cuda-capabilities"]]
+        if not numbers:
+            raise SystemExit(
+                f"build.py: none of the archs {', '.join(archs)} is one of [kernel.{name}] in build.toml"
+            )
+        gencode = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+        for source in kernel["src"]:
+            if source.endswith(".cu"):
+                flags[ROOT / source] = ["-Xptxas=-v", "--expt-relaxed-constexpr", *gencode]
+    return flags
 
-    include = Path(torch.__file__).parent / "include"
+
+def compile_extension(config: dict, ops_name: str, tools: Toolchain, archs: list[str], out: Path) -> None:
     target = (STABLE_ABI[0] << 56) | (STABLE_ABI[1] << 48)
-    sources = [ROOT / s for k in config["kernel"].values() for s in k["src"] if s.endswith(".cu")]
-    sources += [ROOT / s for s in config["torch"]["src"] if s.endswith(".cpp")]
-    gencode = [f"-gencode=arch=compute_{a.replace('.', '')},code=sm_{a.replace('.', '')}" for a in archs]
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "registration.h").write_text(REGISTRATION)
-        common = [
-            "-O3",
-            "-std=c++17",
-            "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-gnu-unique",
-            f"-I{scratch}",
-            f"-I{include}",
-        ]
-        common += [
-            f"-I{sysconfig.get_paths()['include']}",
-            f"-DTORCH_EXTENSION_NAME={ops_name}",
-            "-DUSE_CUDA",
-        ]
-        common += [
-            f"-DTORCH_TARGET_VERSION=0x{target:016x}ULL",
-            "-DCUDA_KERNEL",
-            "-DPy_LIMITED_API=0x03090000",
-        ]
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        (scratch / "registration.h").write_text(REGISTRATION)
+        common = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-gnu-unique"]
+        common += [f"-I{path}" for path in (scratch, tools.headers, sysconfig.get_paths()["include"])]
+        common += [f"-DTORCH_EXTENSION_NAME={ops_name}", "-DUSE_CUDA", "-DCUDA_KERNEL"]
+        common += [f"-DTORCH_TARGET_VERSION=0x{target:016x}ULL", "-DPy_LIMITED_API=0x03090000"]
 
-        def compile_one(source: Path) -> str:
-            obj = str(Path(scratch) / (source.name + ".o"))
-            extra = ["-Xptxas=-v", "--expt-relaxed-constexpr", *gencode] if source.suffix == ".cu" else []
-            run([nvcc, *common, *extra, "-c", str(source), "-o", obj])
-            return obj
+        def compile_one(item: tuple[Path, list[str]]) -> str:
+            source, flags = item
+            compiled = str(scratch / (source.name + ".o"))
+            run([tools.nvcc, *common, *flags, "-c", str(source), "-o", compiled])
+            return compiled
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, sources))
-        library = out / f"{ops_name}.abi3.so"
-        run(
-            [
-                nvcc,
-                "-shared",
-                "-cudart",
-                "shared",
-                *objects,
-                *torch_libraries(Path(scratch)),
-                "-o",
-                str(library),
-            ]
-        )
+            objects = list(pool.map(compile_one, sources_to_compile(config, archs).items()))
+        libraries = torch_libraries(scratch)
+        library = str(out / f"{ops_name}.abi3.so")
+        # Linking adds a cubin of its own, an empty one, for a GPU that must be named too.
+        gpu = f"-arch=sm_{archs[0].replace('.', '')}"
+        run([tools.nvcc, gpu, "-shared", "-cudart", "shared", *objects, *libraries, "-o", library])
 
 
 def write_variant(config: dict, ops_name: str, archs: list[str] | None, ops_source: str, out: Path) -> None:
     general = config["general"]
-    package = general["name"].replace("-", "_")
+    package = package_of(config)
     for source in python_sources(package):
         shutil.copy(source, out / source.name)
     (out / "_ops.py").write_text(ops_source.format(ops=ops_name))
@@ -186,42 +276,54 @@ def write_variant(config: dict, ops_name: str, archs: list[str] | None, ops_sour
     (out / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
 
-def build(variant: str, config: dict, nvcc: str, archs: list[str], destination: Path) -> Path:
-    package = config["general"]["name"].replace("-", "_")
-    sources = python_sources(package)
-    if variant == "noarch":
-        name, ops_name = "torch-cuda", f"_{package}_cuda_noarch_{source_digest(sources)}"
-    else:
-        sources += [ROOT / s for k in config["kernel"].values() for s in k["src"]]
-        sources += [ROOT / s for s in config["torch"]["src"]]
-        abi = "".join(map(str, STABLE_ABI))
-        name = f"torch-stable-abi{abi}-{cuda_version(nvcc)}-{platform.machine()}-linux"
-        ops_name = f"_{package}_cuda_{source_digest(sources)}"
-    out = destination / name
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    if variant == "noarch":
-        write_variant(config, ops_name, None, OPS_NOARCH, out)
-    else:
-        compile_extension(config, ops_name, nvcc, archs, out)
-        write_variant(config, ops_name, archs, OPS_COMPILED, out)
-    return out
+def build(config: dict, archs: list[str], tools: Toolchain | None, destination: Path) -> Path:
+    """Writes the compiled variant, or without tools the one that has no compiled part; returns its directory."""
+    name = "torch-cuda"
+    if tools is not None:
+        abi, cuda = ("".join(map(str, version)) for version in (STABLE_ABI, tools.cuda))
+        name = f"torch-stable-abi{abi}-cu{cuda}-{platform.machine()}-linux"
+    ops = ops_name(config, "noarch" if tools is None else "compiled")
+    destination.mkdir(parents=True, exist_ok=True)
+    # Next to where it goes, so that what is there stays until the new one is whole.
+    with tempfile.TemporaryDirectory(dir=destination, prefix=".") as scratch:
+        out = Path(scratch) / name
+        out.mkdir()
+        if tools is None:
+            write_variant(config, ops, None, OPS_NOARCH, out)
+        else:
+            compile_extension(config, ops, tools, archs, out)
+            write_variant(config, ops, archs, OPS_COMPILED, out)
+        shutil.rmtree(destination / name, ignore_errors=True)
+        return out.rename(destination / name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variant", choices=["compiled", "noarch", "all"], default="all")
+    parser.add_argument("--variant", choices=["compiled", "noarch", "all", "available"], default="all")
     parser.add_argument(
-        "--archs", default="9.0a", help="comma-separated compute capabilities of the compiled variant"
+        "--archs",
+        default="9.0a",
+        help="compute capabilities of the compiled variant, separated by commas: of those in build.toml, or 'all'",
     )
-    parser.add_argument("--nvcc", default=shutil.which("nvcc") or "nvcc")
+    parser.add_argument("--nvcc", help="the CUDA compiler; default: nvcc of PATH, then of CUDA_HOME")
     parser.add_argument("--destination", type=Path, default=ROOT / "build")
     args = parser.parse_args()
-    config = tomllib.loads((ROOT / "build.toml").read_text())
-    for variant in ("compiled", "noarch") if args.variant == "all" else (args.variant,):
-        sys.stdout.write(f"{build(variant, config, args.nvcc, args.archs.split(','), args.destination)}\n")
+    config = read_config()
+    archs = choose_archs(config, args.archs)
+    built = []
+    if args.variant != "noarch":
+        try:
+            built.append(build(config, archs, find_toolchain(args.nvcc), args.destination))
+        except Unavailable as reason:
+            if args.variant != "available":
+                raise SystemExit(f"build.py: {reason}") from None
+            sys.stdout.write(f"not compiled: {reason}\n")
+    if args.variant != "compiled":
+        built.append(build(config, archs, None, args.destination))
+    for path in built:
+        sys.stdout.write(f"{path}\n")
 
 
 if __name__ == "__main__":

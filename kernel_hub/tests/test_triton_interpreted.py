@@ -1,0 +1,122 @@
+"""The Triton kernels of the linears in Triton's interpreter. On a GPU `test_linear_gpu.py` runs them compiled."""
+
+import contextlib
+import importlib
+
+import pytest
+import reference as ref
+import torch
+from problems import MODES, Shape
+
+if torch.cuda.is_available():
+    pytest.skip("a GPU runs these compiled: test_linear_gpu.py", allow_module_level=True)
+tl = pytest.importorskip("triton.language", reason="needs triton")
+
+from blackwell_compile import load_source
+from test_blackwell import interpret_loop_bounds
+from test_linear_gpu import check, check_fake_quantize
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# One token and few; a tail of N; two steps over K with a tail.
+SHAPES = [Shape(1, 64, 128), Shape(5, 80, 384)]
+QUANTIZE = [("nvfp4", "absmax"), ("nvfp4", "four_over_six"), ("mxfp4", "absmax"), ("mxfp4", "mse")]
+
+
+def interpret_bf16_products(monkeypatch):
+    """Triton 3.6's interpreter keeps bf16 as 16-bit integers, and multiplies those. Here their values are multiplied."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    create_dot = builder.create_dot
+
+    def value(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        bits = torch.from_numpy(operand.data.view("int16").copy())
+        return interpreter.TensorHandle(bits.view(torch.bfloat16).float().numpy(), tl.float32)
+
+    monkeypatch.setattr(
+        builder, "create_dot", lambda self, a, b, *rest: create_dot(self, value(a), value(b), *rest)
+    )
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The public functions, as on a GPU of compute capability 8.0."""
+    load_source()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    interpret_loop_bounds(monkeypatch)
+    interpret_bf16_products(monkeypatch)
+    return importlib.import_module(f"{load_source().__name__}._linear")
+
+
+def tokens_for(m, k, dtype):
+    torch.manual_seed(m + k)
+    return (torch.randn(m, k) * torch.rand(m, 1).mul(3).exp2()).to(dtype)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.id)
+def test_linear(kernels, shape, mode):
+    dtype = getattr(torch, mode.dtype)
+    x = tokens_for(shape.m, shape.k, dtype)
+    weight = ref.random_weight(shape.n, shape.k, mode.format, "cpu")
+    bias = torch.randn(shape.n).to(dtype) if shape.m > 1 else None
+    static = mode.format == "nvfp4" and mode.activations == "fp4" and mode.static
+    g = torch.tensor([64.0]) if static else None
+    prepared = kernels.prepare_weight(*weight)
+    y = kernels.linear(
+        x, *prepared, bias, activations=mode.activations, hadamard=mode.hadamard, rule=mode.rule,
+        input_global_scale=g, fp8=mode.fp8,
+    )  # fmt: skip
+    assert y.shape == (shape.m, shape.n) and y.dtype == dtype
+    check(y, x, weight, bias, mode, g)
+
+
+@pytest.mark.parametrize("hadamard", [None, 32])
+@pytest.mark.parametrize(("format", "rule"), QUANTIZE)
+def test_rotate_quantize(kernels, format, rule, hadamard):
+    x = tokens_for(3, 256, torch.bfloat16)
+    g = torch.tensor([128.0]) if format == "nvfp4" else None
+    codes, scales, _ = kernels.rotate_quantize(
+        x, format=format, hadamard=hadamard, rule=rule, input_global_scale=g
+    )
+    rotated = ref.rotate(x, hadamard)
+    if format == "nvfp4":
+        want, scale = ref.quantize_nvfp4(rotated, g, rule)
+        same_scale = scales.float() == scale
+    else:
+        want, exponent = ref.quantize_mxfp4(rotated, rule)
+        same_scale = scales.int() - 127 == exponent
+    # FP32 butterflies and the FP64 reference may fall on two sides of a tie; unrotated values may not.
+    allowed = 0 if hadamard is None else 1e-3
+    assert (ref.unpack(codes) != want).double().mean().item() <= allowed
+    assert (~same_scale).double().mean().item() <= allowed
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+def test_fake_quantize(kernels, mode):
+    x = tokens_for(3, 256, getattr(torch, mode.dtype))
+    static = mode.format == "nvfp4" and mode.activations == "fp4" and mode.static
+    check_fake_quantize(kernels, x, mode, torch.tensor([64.0]) if static else None)
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_fakes_agree_with_the_kernels(kernels, format, static):
+    """Shapes and dtypes that torch.compile goes by, per op."""
+    triton_ops = kernels._triton
+    x = tokens_for(3, 128, torch.bfloat16)
+    g = torch.tensor([64.0]) if format == "nvfp4" and static else None
+    number = kernels.FORMATS[format]
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(triton_ops.ops_rotate_quantize, (x, g, number, 16, 0), test_utils=tests)
+    for quantize in (True, False):
+        arguments = (x, g, number, quantize, 16, 0)
+        torch.library.opcheck(triton_ops.ops_prepare_activation, arguments, test_utils=tests)
+        tokens, token_scale = triton_ops.ops_prepare_activation(*arguments)
+        prepared = kernels.prepare_weight(*ref.random_weight(32, 128, format, "cpu"))
+        torch.library.opcheck(
+            triton_ops.ops_gemm, (tokens, token_scale, *prepared, None, True), test_utils=tests
+        )

@@ -1,0 +1,57 @@
+"""Compiles the Triton kernels for a GPU that need not be there: `python triton_compile.py 80`.
+
+Prints, as JSON, bytes of shared memory by case. A process of its own, because Triton's interpreter, once on, is on for good.
+"""
+
+import importlib
+import json
+import sys
+
+from blackwell_compile import NAME, load_source
+
+POINTERS = {
+    "x_ptr": "*bf16", "value_ptr": "*bf16", "bias_ptr": "*bf16", "out_ptr": "*bf16",
+    "w_ptr": "*u8", "code_ptr": "*u8", "scale_ptr": "*u8", "amax_ptr": "*i32",
+}  # fmt: skip
+
+
+def cases(linear, gptq):
+    """(name, kernel, constants, options) as the launches in _triton.py and _gptq.py have them."""
+    rotation = {"HADAMARD": 128, "BM": 4}
+    yield "token_amax", linear.token_amax_kernel, rotation, {}
+    for format, rule in ((0, 1), (1, 2)):
+        gemm = {"FORMAT": format, "HAS_TOKEN_SCALE": True, "HAS_BIAS": True, "BM": 64, "BN": 64, "BK": 128}
+        yield f"gemm {format}", linear.gemm_kernel, gemm, {"num_warps": 4, "num_stages": 2}
+        packed = {"QUANTIZE": True, "PACKED": True, "PER_TOKEN": format == 0}
+        activation = {**rotation, **packed, "FORMAT": format, "RULE": rule}
+        yield f"activation {format}", linear.activation_kernel, activation, {}
+        block = {"COUNT": gptq.BLOCK, "SIZE": 32 if format else 16, "BLOCK": gptq.BLOCK, "ROWS": gptq.ROWS}
+        yield f"descend {format}", gptq.descend_kernel, {**block, "NVFP4": format == 0}, {"num_warps": 1}
+    yield "solve", gptq.solve_kernel, {**block, "SIZE": 16}, {"num_warps": 1}
+
+
+def main(arch: int) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    load_source()
+    linear = importlib.import_module(f"{NAME}._triton_kernels")
+    gptq = importlib.import_module(f"{NAME}._gptq")
+    shared = {}
+    for name, kernel, constants, options in cases(linear, gptq):
+        signature = {
+            argument: "constexpr"
+            if argument in constants
+            else POINTERS.get(argument, "*fp32" if argument.endswith("_ptr") else "i32")
+            for argument in kernel.arg_names
+        }
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constants), target=GPUTarget("cuda", arch, 32), options=options
+        )
+        shared[name] = compiled.metadata.shared
+    sys.stdout.write(json.dumps(shared))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
