@@ -45,7 +45,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "scale search": (group, "weight_scales"),
     "columns (GPTQ)": (group, "solve"),
     "coordinate descent": (group, "descend"),
-    "error report": (group, "output_error"),
+    "error report": (group, "output_power"),
 }
 """Where each stage's time is taken; what a stage calls within another one counts for the inner one only."""
 

@@ -234,7 +234,6 @@ def activation_order(second: torch.Tensor) -> torch.Tensor:
     return second.diagonal().argsort(descending=True, stable=True)
 
 
-def output_error(weight: torch.Tensor, quantized: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """``tr((W - Q) S (W - Q)^T)`` and ``tr(W S W^T)``, float32 [2]: squared output error and squared output, for ``S`` [K, K]."""
-    difference = weight - quantized
-    return torch.stack([((part @ second) * part).sum() for part in (difference, weight)])
+def output_power(weight: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """``tr(W S W^T)``, the mean squared output of ``W`` [N, K] on inputs whose second moments are ``S`` [K, K]; float32 []."""
+    return ((weight @ second) * weight).sum()

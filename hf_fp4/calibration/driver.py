@@ -49,12 +49,14 @@ _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 class LayerReport:
     """What became of one linear.
 
-    error: squared output error over squared output on the calibration data, against the target of the solve; None
-    without data. seconds: time of its group's statistics and solve.
+    error: squared output error over squared output on the calibration data, against the target of the solve;
+    rounded_error: the same if the weight were rounded to nearest under the scales that the solve starts from; None without
+    data. seconds: time of its group's statistics and solve.
     """
 
     name: str
     hadamard_size: int | None
+    rounded_error: float | None
     error: float | None
     seconds: float
 
@@ -122,6 +124,7 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     ]
     del captured
     reports: list[LayerReport] = []
+    start = time.perf_counter()
     bar = logging.tqdm(
         total=len(blocks.modules),
         desc=f"MR-GPTQ {config.format}",
@@ -134,6 +137,7 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
                 block = _Block(blocks.modules[index], name, index, groups[index], config, threads, team)
                 reports += block.quantize(batches, work, advance=index < len(blocks.modules) - 1)
                 block.replace(model)
+            bar.set_postfix(_progress(batches, index + 1, time.perf_counter() - start, device), refresh=False)
             bar.update()
     return Run(reports, skipped)
 
@@ -188,11 +192,12 @@ class _Block:
                     if other is not None and advance and index == last:
                         batch.rest(other.output())  # it waits for no solve, and its memory is free sooner
                 del inputs, x
-                error = group.solve()
+                errors = group.solve()
                 solved |= group.simulated()
                 seconds = time.perf_counter() - start
                 reports += [
-                    LayerReport(f"{self._name}.{n}", group.hadamard_size, error, seconds) for n in group.names
+                    LayerReport(f"{self._name}.{n}", group.hadamard_size, *errors, seconds)
+                    for n in group.names
                 ]
             if work:
                 tensors = {
@@ -239,6 +244,18 @@ class _Block:
                 layers[name] = layer
             group.restore(layers)
         return reports
+
+
+def _progress(
+    batches: list[_Batch], blocks: int, seconds: float, device: torch.device | None
+) -> dict[str, str]:
+    """What the progress bar shows beside time: calibration tokens through one block per second, and the GPU's peak memory."""
+    tokens = sum(batch.quantized.shape[0] * batch.quantized.shape[1] for batch in batches)
+    shown = {"tokens/s": f"{tokens * blocks / seconds:,.0f}"}
+    device = device or batches[0].quantized.device
+    if device.type == "cuda":
+        shown["GPU"] = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
+    return shown
 
 
 def _calibration_device(config: MRGPTQConfig, blocks: list[nn.Module]) -> torch.device | None:

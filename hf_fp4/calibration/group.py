@@ -12,7 +12,7 @@ from ..backends import quantize_input, select
 from ..backends.reference import compute_dtype, matmul
 from ..config import MRGPTQConfig
 from ..formats import dequantize_blocks
-from ..gptq import FP4Weight, activation_order, descend, output_error, round_weight, solve
+from ..gptq import FP4Weight, activation_order, descend, output_power, round_weight, solve
 from ..hessian import DampedMoments, SecondMoments
 from ..layers.linear import FP4Linear
 from ..layers.replace import linear_at
@@ -130,11 +130,13 @@ class Group:
         self, size: int | None, weight: torch.Tensor, moments: DampedMoments, x: torch.Tensor
     ) -> float:
         weight, x = rotate(weight, size), rotate(x, size)
-        quantized = self._solve(weight, moments.rotated(size), self._global_scale(weight)).dequantize()
+        moments, global_scale = moments.rotated(size), self._global_scale(weight)
+        scale = self._scales(weight, moments.second, global_scale)
+        quantized = self._codes(weight, scale, moments, global_scale, passes=0).dequantize()
         seen = x
         if self._rule is not None:
-            scale = input_global_scale(x.abs().amax().view(1)) if self._format.has_global_scale else None
-            values, divisor = fake_quantize_activations(x, self._format, self._rule, scale)
+            divisor = input_global_scale(x.abs().amax().view(1)) if self._format.has_global_scale else None
+            values, divisor = fake_quantize_activations(x, self._format, self._rule, divisor)
             seen = values if divisor is None else values / divisor
         return (seen @ quantized.T - x @ weight.T).square().sum().item()
 
@@ -144,27 +146,35 @@ class Group:
     def _global_scale(self, weight: torch.Tensor) -> torch.Tensor | None:
         return weight_global_scale(weight.abs().amax().view(1)) if self._format.has_global_scale else None
 
-    def _solve(
+    def _scales(
+        self, weight: torch.Tensor, second: torch.Tensor, global_scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        rule = self._config.weight_rule
+        return weight_scales(weight, self._format, rule, global_scale, second.diagonal())
+
+    def _codes(
         self,
         weight: torch.Tensor,
+        scale: torch.Tensor,
         moments: DampedMoments,
         global_scale: torch.Tensor | None,
-        passes: int = 0,
+        passes: int,
     ) -> FP4Weight:
-        """Scales, then codes, of a rotated weight [N, K] under the second moments [K, K] of its inputs."""
-        config = self._config
-        importance = moments.second.diagonal()
-        scale = weight_scales(weight, self._format, config.weight_rule, global_scale, importance)
-        if config.method == "rtn":
+        """The codes of a rotated weight [N, K] under its scales, which ``passes`` of the descent may move."""
+        if self._config.method == "rtn":
             return round_weight(weight, scale, self._format, global_scale)
-        order = activation_order(moments.second) if config.act_order else None
+        order = activation_order(moments.second) if self._config.act_order else None
         solved = solve(weight, scale, self._format, global_scale, moments.upper(order), order, self._kernels)
         if not passes:
             return solved
         return descend(weight, solved, moments.second, moments.added, passes, self._kernels)
 
-    def solve(self) -> float:
-        """Quantize the group's weights from what was observed; returns the relative output error."""
+    def solve(self) -> tuple[float, float]:
+        """Quantize the group's weights from what was observed.
+
+        Returns:
+            Squared output error over squared output, of rounding to nearest under the same scales and of the solve.
+        """
         config, team, moments = self._config, self._team, self._moments
         assert moments is not None
         moments.sum_over(team.sum_)
@@ -181,14 +191,17 @@ class Group:
         if cross is not None:
             weight = damped.correct_target(weight, cross, config.error_correction)
         own, global_scale = weight[team.rows(len(weight))], self._global_scale(weight)
-        part = self._solve(own, damped, global_scale, config.descent_passes)
-        error, output = team.sum_(output_error(own, part.dequantize(), second)).tolist()
-        packed, scale = (team.join_rows(tensor, len(weight)) for tensor in (part.packed, part.scale))
-        quantized = FP4Weight(packed, scale, global_scale, self._format)
+        scale = self._scales(own, second, global_scale)
+        rounded = round_weight(own, scale, self._format, global_scale)
+        part = self._codes(own, scale, damped, global_scale, config.descent_passes)
+        differences = (own, own - rounded.dequantize(), own - part.dequantize())
+        power = team.sum_(torch.stack([output_power(each, second) for each in differences])).tolist()
+        packed, scales = (team.join_rows(tensor, len(weight)) for tensor in (part.packed, part.scale))
+        quantized = FP4Weight(packed, scales, global_scale, self._format)
         rows = [linear.out_features for linear in self._linears.values()]
         for name, part in zip(self.names, quantized.split(rows), strict=True):
             self._take(name, part)
-        return error / max(output, 1e-30)
+        return power[1] / max(power[0], 1e-30), power[2] / max(power[0], 1e-30)
 
     def _take(self, name: str, weight: FP4Weight) -> None:
         linear = self._linears[name]
