@@ -5,10 +5,18 @@ with a `MRGPTQConfig`, and loads a checkpoint that was quantized before without 
 """
 
 from . import backends as backends  # registers the operators' implementations
+from .compressed_tensors import export_compressed_tensors, import_compressed_tensors
 from .config import MRGPTQConfig
 from .evaluate import evaluate
 from .layers.linear import FP4Linear
 from .quantizer import MRGPTQHfQuantizer
 
 __version__ = "0.1.0"
-__all__ = ["FP4Linear", "MRGPTQConfig", "MRGPTQHfQuantizer", "evaluate"]
+__all__ = [
+    "FP4Linear",
+    "MRGPTQConfig",
+    "MRGPTQHfQuantizer",
+    "evaluate",
+    "export_compressed_tensors",
+    "import_compressed_tensors",
+]

@@ -1,4 +1,4 @@
-"""`hf-fp4`: quantize a model, measure what that cost and how fast it is, and see what this machine can do.
+"""`hf-fp4`: quantize a model, measure what that cost and how fast it is, convert it, and see what this machine can do.
 
 The flags of `quantize` are `MRGPTQConfig`'s fields: names, types, defaults and help come from there.
 """
@@ -10,12 +10,10 @@ import json
 import os
 import re
 import shlex
-import statistics
 import sys
 import traceback
 import typing
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,14 +28,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import __version__
+from . import __version__, report
 from .bench import BenchSettings, bench
-from .calibration.driver import LayerReport
+from .compressed_tensors import export_compressed_tensors, import_compressed_tensors
 from .config import MRGPTQConfig
 from .doctor import examine
 from .evaluate import evaluate
-from .layers.linear import FP4Linear
-from .layers.replace import describe_skipped
+from .model_card import Measurement, add_measurement, size_text, unquantized_bytes
+from .quantizer import MRGPTQHfQuantizer
 
 # What a user can bring about; anything else is a bug of ours and keeps its traceback.
 _EXPECTED = (ValueError, OSError, RuntimeError, ImportError, SafetensorError)
@@ -49,6 +47,7 @@ _CALIBRATION = (
     "num_samples",
     "sequence_length",
     "batch_size",
+    "calibration_device",
     "seed",
     "work_dir",
 )
@@ -87,13 +86,28 @@ examples:
 
 _EVALUATE_EXAMPLE = """\
 example:
-  hf-fp4 evaluate ./model-nvfp4 --reference ./model --text held-out.txt --max-tokens 20000
+  hf-fp4 evaluate ./model-nvfp4 --reference ./model --text held-out.txt --max-tokens 20000 --card
 """
 
 _BENCH_EXAMPLE = """\
 examples:
   hf-fp4 bench ./model-nvfp4 --reference ./model --compile
   hf-fp4 bench ./model-nvfp4 --batch 8 --prompt-tokens 2048 --new-tokens 128 --json result.json
+"""
+
+_EXPORT_EXAMPLE = """\
+example:
+  hf-fp4 quantize Qwen/Qwen3-8B Qwen3-8B-NVFP4 --hadamard-group-size none
+  hf-fp4 export Qwen3-8B-NVFP4 Qwen3-8B-NVFP4-vllm
+  vllm serve Qwen3-8B-NVFP4-vllm
+
+Rotated layers cannot be exported, which is why it quantizes without rotation.
+"""
+
+_IMPORT_EXAMPLE = """\
+examples:
+  hf-fp4 import RedHatAI/Qwen3-32B-NVFP4 Qwen3-32B-NVFP4
+  hf-fp4 import nvidia/Qwen3-8B-FP4 Qwen3-8B-NVFP4
 """
 
 _DOCTOR_EXAMPLE = """\
@@ -152,6 +166,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_bench(commands)
     _add_doctor(commands)
+    _add_export(commands)
+    _add_import(commands)
     return parser
 
 
@@ -176,6 +192,12 @@ def _add_quantize(commands: Any) -> None:
         "--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: 5GB)"
     )
     parser.add_argument("--layers", action="store_true", help="at the end, one row for every layer")
+    parser.add_argument(
+        "--report",
+        metavar="FILE.json",
+        type=Path,
+        help="write what became of every layer to this file, and with matplotlib a plot of it beside it",
+    )
     method = parser.add_argument_group("method")
     method.add_argument(
         "--paper",
@@ -212,6 +234,7 @@ def _add_evaluate(commands: Any) -> None:
         "--batch-size", metavar="N", type=int, default=4, help="sequences at a time (default: 4)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--card", action="store_true", help="write the result into the model card in MODEL")
     _add_loading_flags(parser)
 
 
@@ -259,6 +282,58 @@ def _add_doctor(commands: Any) -> None:
     )
     parser.set_defaults(run=_doctor)
     _add_config_flags({_KERNELS: parser.add_argument_group("GPU kernels")})
+    _add_debug_flag(parser)
+
+
+def _add_export(commands: Any) -> None:
+    parser = _new_parser(
+        commands.add_parser,
+        "export",
+        usage="hf-fp4 export [options] CHECKPOINT OUTPUT",
+        help="write a quantized model as vLLM, SGLang and stock transformers load it",
+        description="Write CHECKPOINT, which hf-fp4 quantized, to the directory OUTPUT in the compressed-tensors\nlayout.",
+        epilog=_EXPORT_EXAMPLE,
+    )
+    parser.set_defaults(run=_export)
+    parser.add_argument(
+        "--activations",
+        metavar="TYPE",
+        help="bf16: weights only, from a W4A4 checkpoint as well (default: as in the checkpoint)",
+    )
+    _add_conversion_flags(parser)
+
+
+def _add_import(commands: Any) -> None:
+    parser = _new_parser(
+        commands.add_parser,
+        "import",
+        usage="hf-fp4 import [options] CHECKPOINT OUTPUT",
+        help="make a model that llm-compressor, ModelOpt or FP-Quant quantized one of hf-fp4",
+        description="Write CHECKPOINT, which llm-compressor, ModelOpt or FP-Quant quantized to NVFP4 or MXFP4, to the\n"
+        "directory OUTPUT as hf-fp4 loads it.",
+        epilog=_IMPORT_EXAMPLE,
+    )
+    parser.set_defaults(run=_import)
+    parser.add_argument(
+        "--activation-scale-rule",
+        metavar="RULE",
+        help="block scales of activations: absmax, four_over_six (nvfp4) or mse (mxfp4) (default: absmax for nvfp4, mse for "
+        "mxfp4, closest to what other runtimes do)",
+    )
+    _add_conversion_flags(parser)
+
+
+def _add_conversion_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a local directory, or a repository on the Hub"
+    )
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="directory for the result")
+    parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a repository on the Hub")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write although OUTPUT has files that this command did not write",
+    )
     _add_debug_flag(parser)
 
 
@@ -342,6 +417,7 @@ def _field_docs(docstring: str) -> dict[str, str]:
 def _quantize(args: argparse.Namespace) -> None:
     given = _given_fields(args)
     config = MRGPTQConfig.paper(**given) if args.paper else MRGPTQConfig(**given)
+    _check_writable("--report", args.report)
     _check_target(args.out, args.model, args.overwrite)
     _check_unquantized(args)
     config.tokenizer = tokenizer = _load_tokenizer(args, given.get("tokenizer"))
@@ -349,15 +425,29 @@ def _quantize(args: argparse.Namespace) -> None:
     model.save_pretrained(args.out, max_shard_size=args.max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(args.out)
-    print(_describe_run(model, every_layer=args.layers))
+    _report(args, model)
     saved = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
-    print(f"{args.out}: {_size(saved)}, was {_size(_unquantized_bytes(model))}")
+    print(f"{args.out}: {size_text(saved)}, was {size_text(unquantized_bytes(model))}")
     if tokenizer is None:
         print(f"{args.model} has no tokenizer, none was saved")
 
 
+def _report(args: argparse.Namespace, model: PreTrainedModel) -> None:
+    quantizer: Any = model.hf_quantizer
+    print(report.describe(quantizer.report, quantizer.skipped, every_layer=args.layers))
+    if args.report is not None:
+        for file in report.write(args.report, quantizer.report, quantizer.skipped):
+            print(f"report: {file}")
+
+
 def _given_fields(args: argparse.Namespace) -> dict[str, Any]:
     return {f.name: getattr(args, f.name) for f in fields(MRGPTQConfig) if hasattr(args, f.name)}
+
+
+def _check_writable(flag: str, file: Path | None) -> None:
+    """Refuse a file that cannot be written before the work, not after it."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ValueError(f"{flag} must be in a directory that exists, got {file}; make it first")
 
 
 def _check_target(out: Path, model: str, overwrite: bool) -> None:
@@ -388,87 +478,20 @@ def _check_unquantized(args: argparse.Namespace) -> None:
         )
 
 
-def _describe_run(model: PreTrainedModel, *, every_layer: bool) -> str:
-    """The table of converted linears, and why others were not converted."""
-    quantizer: Any = model.hf_quantizer
-    report: list[LayerReport] = quantizer.report
-    header = (
-        ("module", "Hadamard", "error") if every_layer else ("module", "layers", "Hadamard", "error", "worst")
-    )
-    rows = [_layer_row(row) for row in report] if every_layer else _kind_rows(report)
-    measured = any(row.error is not None for row in report)
-    columns = len(header) if measured else header.index("error")
-    lines = ["", *_table([row[:columns] for row in (header, *rows)])]
-    if measured:
-        lines.append(
-            "error: squared error of a layer's output over its squared output, on the calibration data"
-        )
-    if quantizer.skipped:
-        lines.append(f"not converted: {describe_skipped(quantizer.skipped)}")
-    return "\n".join([*lines, ""])
-
-
-def _layer_row(row: LayerReport) -> tuple[str, ...]:
-    return row.name, str(row.hadamard_size or "none"), _percent(row.error)
-
-
-def _kind_rows(report: Iterable[LayerReport]) -> list[tuple[str, ...]]:
-    """One row for each linear of a block: `model.layers.*.mlp.up_proj`."""
-    kinds: dict[str, list[LayerReport]] = {}
-    for row in report:
-        kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name), []).append(row)
-    rows: list[tuple[str, ...]] = []
-    for kind, members in kinds.items():
-        sizes = Counter(row.hadamard_size or 0 for row in members)
-        hadamard = ", ".join(
-            f"{size or 'none'}" + (f" x{n}" if len(sizes) > 1 else "") for size, n in sorted(sizes.items())
-        )
-        measured = [(row.error, row.name) for row in members if row.error is not None]
-        mean = statistics.fmean(error for error, _ in measured) if measured else None
-        worst, where = max(measured, default=(None, ""))
-        layer = "".join(re.findall(r"(?<![^.])\d+(?![^.])", where)[:1])
-        rows.append(
-            (
-                kind,
-                str(len(members)),
-                hadamard,
-                _percent(mean),
-                _percent(worst) + (f" in {layer}" if layer else ""),
-            )
-        )
-    return rows
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2%}"
-
-
-def _unquantized_bytes(model: PreTrainedModel) -> int:
-    """What the weights would take in the model's dtype if no linear were quantized."""
-    packed = (m.in_features * m.out_features for m in model.modules() if isinstance(m, FP4Linear))
-    others = (p.numel() * p.element_size() for p in model.parameters())  # an FP4Linear's weight is a buffer
-    return sum(packed) * model.dtype.itemsize + sum(others)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 # --- evaluate
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     if not args.text.is_file():  # before models are loaded
         raise ValueError(f"--text must be a file, got {args.text}; check the path")
+    if args.card and not Path(args.model).is_dir():
+        raise ValueError(f"--card writes into MODEL, a directory that hf-fp4 saved, got {args.model}")
     tokenizer = _load_tokenizer(args, args.model)
     model = _load_model(args, args.model)
+    if args.card and not isinstance(getattr(model, "hf_quantizer", None), MRGPTQHfQuantizer):
+        raise ValueError(
+            f"--card writes into MODEL, a directory that hf-fp4 saved, got {args.model}, another model"
+        )
     reference = _load_model(args, args.reference) if args.reference else None
     result = evaluate(
         model,
@@ -479,6 +502,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
         batch_size=args.batch_size,
     )
+    if args.card:
+        add_measurement(model, Path(args.model), Measurement(args.text.name, result.to_dict()))
     print(json.dumps(result.to_dict()) if args.json else result)
 
 
@@ -487,12 +512,11 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     settings = BenchSettings(args.batch, args.prompt_tokens, args.new_tokens, args.compile, args.repeats)
-    if args.json and not args.json.absolute().parent.is_dir():  # before the work
-        raise ValueError(f"--json must be in a directory that exists, got {args.json}; make it first")
+    _check_writable("--json", args.json)
     result = bench(
         lambda name: _load_model(args, name), args.model, args.reference, settings, own_version=__version__
     )
-    print("\n".join(["", *_table(result.rows()), "", *result.notes(), args.command_line]))
+    print("\n".join(["", *report.table(result.rows()), "", *result.notes(), args.command_line]))
     if args.json:
         values = {**result.to_dict(), "command": args.command_line}
         args.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -501,6 +525,21 @@ def _bench(args: argparse.Namespace) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     config = MRGPTQConfig(**_given_fields(args))
     return 0 if examine(config.kernel_source, __version__) else 1
+
+
+# --- export and import
+
+
+def _export(args: argparse.Namespace) -> None:
+    kwargs = {"activations": args.activations, "revision": args.revision, "overwrite": args.overwrite}
+    print(f"written: {export_compressed_tensors(args.checkpoint, args.output, **kwargs)}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    kwargs = {"revision": args.revision, "overwrite": args.overwrite}
+    rule = args.activation_scale_rule
+    out = import_compressed_tensors(args.checkpoint, args.output, activation_scale_rule=rule, **kwargs)
+    print(f"written: {out}")
 
 
 # --- loading

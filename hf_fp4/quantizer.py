@@ -29,7 +29,9 @@ from .checkpoint_files import staged
 from .config import QUANT_METHOD, MRGPTQConfig
 from .gptq import round_weight
 from .layers.linear import FP4Linear, use_kernels
+from .layers.lora import refuse_merging
 from .layers.replace import describe_skipped, linear_at, replace_linears, select_linears
+from .model_card import CARD_NAME, card_on_hub, write_card
 from .rotation import largest_size, require_divisor, rotate
 from .scales import fused_partners, weight_global_scale, weight_scales
 
@@ -50,6 +52,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
     """Quantizes a model to FP4 while `from_pretrained` loads it, or loads one that was quantized before.
 
     After a run, ``report`` holds one `LayerReport` per converted linear and ``skipped`` the reason for each other one.
+    ``loaded_from`` is the directory, in full, or the name on the Hub that the model came from.
     """
 
     requires_calibration = False
@@ -60,6 +63,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.report: list[LayerReport] = []
         self.skipped: dict[str, str] = {}
+        self.loaded_from = ""
         self._on_load: _QuantizeOnLoad | None = None
         if self.pre_quantized and quantization_config.modules is None:
             raise ValueError(
@@ -151,7 +155,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
             _check_layers(model)
         elif self._on_load is not None:
             self._on_load.finish(model)
-            self.report = [LayerReport(n, size, None, 0.0) for n, size in self._on_load.sizes.items()]
+            self.report = [LayerReport(n, size, None, None, 0.0) for n, size in self._on_load.sizes.items()]
             self._on_load = None
             _check_layers(model)
         else:
@@ -159,7 +163,11 @@ class MRGPTQHfQuantizer(HfQuantizer):
         if self.skipped:
             logger.warning(f"not converted to FP4: {describe_skipped(self.skipped)}")
         use_kernels(model, self.quantization_config.kernel_source)
+        refuse_merging()
         model.save_pretrained = types.MethodType(_save_in_one_step, model)  # type: ignore[method-assign]
+        name = model.config.name_or_path or model.name_or_path
+        self.loaded_from = str(Path(name).resolve()) if name and Path(name).is_dir() else name or ""
+        model._upload_modified_files = types.MethodType(_upload_with_card, model)  # type: ignore[method-assign]
         return model
 
     def _explain_backends(self, model: PreTrainedModel) -> None:
@@ -203,7 +211,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
                 if layer.bias is not None:
                     linear.bias = nn.Parameter(layer.bias.detach().to(dtype or model.dtype))
                 model.set_submodule(name, linear.train(layer.training))
-        del model.save_pretrained
+        del model.save_pretrained, model._upload_modified_files
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -301,10 +309,18 @@ class _QuantizeOnLoad(ConversionOps):
         """Raise what went wrong; a weight that never came is an error, not a random layer."""
         if self._failure is not None:
             raise self._failure
-        absent = [n for group, got in self._waiting.items() for n in group if n not in got]
+        weights = {name: model.get_buffer(f"{name}.weight") for name in self.sizes}
+        absent = [n for group, got in self._waiting.items() for n in group if n not in got] or [
+            name
+            for name, weight in weights.items()
+            if not (weight.is_meta or getattr(weight, "_is_hf_initialized", False))
+        ]
         if absent:
-            raise ValueError(f"the checkpoint has no weight for {absent[0]} (and {len(absent) - 1} more)")
-        offloaded = next((name for name in self.sizes if model.get_buffer(f"{name}.weight").is_meta), None)
+            raise ValueError(
+                f"the checkpoint has no weight for {absent[0]} (and {len(absent) - 1} more); if the model is to have random "
+                "weights there, as a new pooler has, name them in modules_to_not_convert"
+            )
+        offloaded = next((name for name, weight in weights.items() if weight.is_meta), None)
         if offloaded is not None:
             raise ValueError(
                 f"a weight cannot be quantized and offloaded in one step, got offload_buffers=True and {offloaded} on "
@@ -375,3 +391,17 @@ def _save_in_one_step(
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         type(model).save_pretrained(model, staging, *args, **kwargs)
+        there = Path(save_directory) / CARD_NAME
+        write_card(model, staging, there if there.is_file() else staging / CARD_NAME)
+
+
+def _upload_with_card(
+    model: PreTrainedModel, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any
+) -> Any:
+    """What transformers calls when files to push are saved, and the card in the repository was put beside them."""
+    directory, token, revision = Path(working_dir), kwargs.get("token"), kwargs.get("revision")
+    existing = card_on_hub(repo_id, revision, token) if revision else None  # transformers looks at main only
+    write_card(
+        model, directory, existing or directory / CARD_NAME, model_id=repo_id, token=token, online=True
+    )
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from hf_fp4 import MRGPTQConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -98,6 +101,27 @@ def test_quantize_speed(tiny, tmp_path, recipe):
     )
     assert sum(result["stages"].values()) < result["staged"]["seconds"]
     assert "| columns (GPTQ) |" in printed and f"seconds: {result['plain']['seconds']:.2f}" in printed
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_lora(tiny, tmp_path, quantized):
+    if quantized:
+        config = MRGPTQConfig(method="rtn")
+        AutoModelForCausalLM.from_pretrained(tiny, quantization_config=config).save_pretrained(tmp_path / "q")
+        AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "q")
+    (tmp_path / "text.txt").write_text("The cat sat on the mat and looked at the moon. " * 40)
+    arguments = [tmp_path / "q" if quantized else tiny, tmp_path / "text.txt", tmp_path / "adapter"]
+    options = {"sequence-length": 32, "learning-rate": 0.02, "rank": 4, "epochs": 8}
+    for option, value in options.items():
+        arguments += [f"--{option}", value]
+    printed = run_example("lora.py", *arguments)
+    losses = {
+        label: float(loss)
+        for label, loss in re.findall(r"^(\w+) +loss ([\d.]+), perplexity", printed, re.MULTILINE)
+    }
+    assert losses["after"] < 0.9 * losses["before"] and losses["reloaded"] == losses["after"]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "adapter" / "base" / "model.safetensors").is_file() != quantized
 
 
 def test_held_out_text_is_long_enough_to_measure_on():

@@ -25,13 +25,14 @@ ORDER = (
     "config",
     "calibration",
     "checkpoint_files",
-    "quantizer",
     "other_layouts",
+    "model_card",
+    "quantizer",
     "compressed_tensors",
     "evaluate",
-    "model_card",
     "doctor",
     "bench",
+    "report",
     "cli",
 )
 """Files and folders of the package in the order of the data flow."""

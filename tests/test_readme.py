@@ -1,4 +1,7 @@
-"""Every Python and hf-fp4 block of the README runs, in order, on a tiny model that stands where the README's model would."""
+"""Every Python and hf-fp4 block of the README runs, in order, on a tiny model that stands where the README's model would.
+
+All but the one that pushes: it needs a Hub, and runs in test_hub_roundtrip.py.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,10 @@ def run_block(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})  # noqa: S102  # running the README is the point of this file
 
 
+# Of PEFT 0.21 with transformers 5.23.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_the_blocks_run(workplace, capsys):
-    blocks = [block for kind, block in BLOCKS if kind == "python"]
+    blocks = [block for kind, block in BLOCKS if kind == "python" and "\nmodel.push_to_hub(" not in block]
     assert len(blocks) >= 3 and len(COMMANDS) >= 2
     run_block(blocks[0])
     shutil.rmtree("Qwen3-8B-NVFP4")  # the commands say how to get the same, so they write to the same place

@@ -367,7 +367,7 @@ def test_files_that_may_not_grow_leave_the_old_ones(model, zoo, tmp_path):
 
 def test_a_file_is_no_directory(model, tmp_path):
     (tmp_path / "file").write_text("keep me")
-    with pytest.raises(ValueError, match="file is a file; save_pretrained needs a directory"):
+    with pytest.raises(ValueError, match="file is a file; save into a directory"):
         model.save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "keep me"
 

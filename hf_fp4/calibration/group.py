@@ -63,6 +63,7 @@ class Group:
         first = next(
             (x.flatten(0, -2) for x in inputs if x.numel()), inputs[0].new_empty(0, inputs[0].shape[-1])
         )
+        require_finite(first, f"the input of {self._title}")
         size = self._config.hadamard_group_size
         if isinstance(size, str):  # "auto"
             size = self._team.decide(len(first) > 0, lambda: self._best_size(_spread(first, ROTATION_TOKENS)))

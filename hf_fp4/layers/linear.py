@@ -21,7 +21,7 @@ _KERNEL_ROWS = 16
 """Kernels take outputs in multiples of this."""
 
 
-class FP4Linear(nn.Module):
+class FP4Linear(nn.Linear):
     """A linear layer on a packed FP4 weight.
 
     ``forward`` is one call of `ops.linear`, the reference backend, until `use_kernels` finds kernels for the layer's device.
@@ -33,7 +33,7 @@ class FP4Linear(nn.Module):
         weight_scale: float8_e4m3fn [out_features, in_features/16] (nvfp4) or uint8 E8M0 [.., in_features/32] (mxfp4).
         weight_global_scale: float32 [1], a divisor (nvfp4).
         input_global_scale: float32 [1], a divisor of the activations (calibrated nvfp4 W4A4).
-        bias: [out_features], if the linear has one (a frozen parameter in the model's dtype).
+        bias: [out_features], if the linear has one (a parameter in the model's dtype, the only one).
 
     Args:
         in_features, out_features: as in `nn.Linear`; in_features a multiple of the format's group size.
@@ -50,6 +50,7 @@ class FP4Linear(nn.Module):
     row_scale: torch.Tensor | None
     weight_global_scale: torch.Tensor | None
     input_global_scale: torch.Tensor | None
+    _is_hf_initialized = True  # transformers must not draw random numbers for what a checkpoint lacks
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class FP4Linear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's would make a weight of its own
         self.in_features, self.out_features, self.format = in_features, out_features, format
         self.hadamard_size, self.activation_scale_rule = hadamard_size, activation_scale_rule
         if in_features % format.group_size:
@@ -81,14 +82,14 @@ class FP4Linear(nn.Module):
 
         self.register_buffer("weight", empty(out_features, in_features // 2, dtype=torch.uint8))
         self.register_buffer("weight_scale", empty(out_features, groups, dtype=format.scale_dtype))
-        self.register_buffer("row_scale", None, persistent=False)
+        self.register_buffer("row_scale", None)
         self.register_buffer("weight_global_scale", divisor(format.has_global_scale))
         self.register_buffer("input_global_scale", divisor(static_input_scale))
         self.kernels = REFERENCE
         self._source: KernelSource | None = None
         self._fp8 = False
         self._shared: _SharedTokens | None = None
-        self.bias = nn.Parameter(empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", nn.Parameter(empty(out_features, dtype=dtype)) if bias else None)
 
     @property
     def global_scales(self) -> dict[str, torch.Tensor]:
@@ -105,7 +106,7 @@ class FP4Linear(nn.Module):
             self.weight_global_scale = weight.global_scale
             self.input_global_scale = input_global_scale
             if bias is not None:
-                self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+                self.bias = nn.Parameter(bias.detach())
 
     def check(self, name: str) -> None:
         """Raise ValueError if a scale is misshapen, zero, negative or non-finite; ``name`` is used in the message."""
@@ -175,6 +176,8 @@ class FP4Linear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = self.stored()
+        # Not a buffer with persistent=False: accelerate's offloading trips over one that is None.
+        destination.pop(f"{prefix}row_scale", None)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with self.stored_layout():
@@ -183,6 +186,12 @@ class FP4Linear(nn.Module):
     # --- what it computes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(
+                device, enabled=False
+            ):  # as nn.Linear's: only the input and the result are cast
+                return self.forward(x.to(torch.get_autocast_dtype(device)))
         if self.kernels.module is None or x.dtype not in _KERNEL_DTYPES:
             return ops.linear(
                 x,

@@ -5,6 +5,8 @@ The decision reads only names, classes and shapes, so it is the same on a meta-d
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +24,7 @@ FUSED_EXPERTS = "fused experts are not supported yet"
 NOT_TEXT = "it is not part of the text model"
 TASK_HEAD = "a task head is never converted"
 KEPT_IN_FLOAT32 = "the model keeps it in float32"
+CAST_TO_ITS_DTYPE = "the model casts the input to its weight's dtype, and packed weights are uint8"
 
 # A pattern ends where a module name ends: "layers.1" must not exclude layers.11.
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
@@ -146,6 +149,7 @@ class _Rules:
 
     def __init__(self, model: PreTrainedModel, fmt: FP4Format, entries: list[str]) -> None:
         submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        self.model = model
         self.fmt = fmt
         self.entries = entries
         self.towers = tower_names(model)
@@ -175,6 +179,8 @@ class _Rules:
             return ROUTER
         if any(pattern.search(name) for pattern in self.kept_in_float32):
             return KEPT_IN_FLOAT32
+        if self._casts_to_dtype_of(name):
+            return CAST_TO_ITS_DTYPE
         if entry := next((entry for entry in self.entries if _matches(name, entry)), None):
             return f'"{entry}" is in modules_to_not_convert'
         if linear.in_features % self.fmt.group_size:
@@ -206,6 +212,13 @@ class _Rules:
         if not in_text or (self.is_multimodal and _NOT_TEXT.search(name)):
             return NOT_TEXT
         return None
+
+    def _casts_to_dtype_of(self, name: str) -> bool:
+        """Whether the owner's forward holds `x.to(self.wo.weight.dtype)`, and does not spare uint8 weights."""
+        owner, _, child = name.rpartition(".")
+        source = _source(type(self.model.get_submodule(owner)).forward)
+        cast = rf"\.to\((?:dtype=)?self\.{child}\.weight\.dtype\)"
+        return re.search(cast, source) is not None and "torch.uint8" not in source
 
     def _is_router(self, name: str, linear: nn.Linear) -> bool:
         last_two = name.split(".")[-2:]
@@ -244,6 +257,14 @@ def _matches(name: str, entry: str) -> bool:
     whichever version reloads it.
     """
     return name.endswith(entry) or re.match(rf"(?:{entry}){_BOUNDARY}", name) is not None
+
+
+@functools.cache
+def _source(function: Callable) -> str:
+    try:
+        return inspect.getsource(inspect.unwrap(function))
+    except OSError:  # typed into an interpreter
+        return ""
 
 
 def _modalities(model: PreTrainedModel) -> set[str]:

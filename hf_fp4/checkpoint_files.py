@@ -1,0 +1,216 @@
+"""Checkpoint directories: reading the tensors of one without loading it, and writing one so that nothing is half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+_MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+"""Files that a model is loaded from; adapters, and weights saved as a variant, have other names."""
+
+_INDEX = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_COPIED = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt", ".vocab", ".bpe")
+"""Endings of the files beside the weights that belong to the model: tokenizer, templates, generation, its own code."""
+
+_COPIED_NAMES = re.compile(r"(LICENSE|NOTICE|USE_POLICY)(\..*)?")
+_COPIED_FOLDERS = ("additional_chat_templates", "chat_templates")
+_BROKEN = "the checkpoint is damaged or incomplete: download it again"
+
+
+# --- writing
+
+
+@contextmanager
+def staged(directory: str | os.PathLike) -> Iterator[Path]:
+    """A new directory inside ``directory`` whose files take their places there when the block ends without an error.
+
+    When anything fails, a full disk for one, the files that were there before are untouched, and a directory that did not
+    exist is gone again.
+    """
+    target = Path(directory)
+    if target.is_file():
+        raise ValueError(f"{target} is a file; save into a directory")
+    existed = target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
+            yield Path(staging)
+            _publish(Path(staging), target)
+    finally:
+        if not existed and not any(target.iterdir()):
+            target.rmdir()
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Move finished files into ``target``, weights first and config.json last; drop the weights of an earlier save."""
+    files = sorted(
+        staging.iterdir(), key=lambda f: (f.name == "config.json", f.suffix != ".safetensors", f.name)
+    )
+    for file in files:
+        if file.is_dir():
+            shutil.copytree(file, target / file.name, dirs_exist_ok=True)
+        else:
+            os.replace(file, target / file.name)
+    names = {file.name for file in files}
+    if any(_MODEL_WEIGHTS.fullmatch(name) for name in names):
+        for old in target.iterdir():
+            if _MODEL_WEIGHTS.fullmatch(old.name) and old.name not in names:
+                old.unlink()
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Write JSON as `save_pretrained` does."""
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# --- reading
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is and what it looks like; ``dtype`` as safetensors names it ("U8", "BF16", ...)."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """A directory with config.json and safetensors weights. Headers are read at once, tensors when they are asked for.
+
+    Raises ValueError: no config.json, no safetensors, or an index that does not fit them.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.config: dict[str, Any] = self.json("config.json")
+        if not self.config:
+            raise ValueError(f"expected a checkpoint, got {directory} which has no config.json")
+        self._files: dict[str, Any] = {}
+        self.tensors = {name: stored for file in self.weight_files for name, stored in self._header(file)}
+        absent = sorted(self._index.get("weight_map", {}).keys() - self.tensors.keys())
+        if absent:
+            raise ValueError(
+                f"{_INDEX} of {directory} lists {absent[0]} (and {len(absent) - 1} more) that no file has; {_BROKEN}"
+            )
+
+    @classmethod
+    def open(cls, directory_or_hub_id: str | os.PathLike, revision: str | None = None) -> Checkpoint:
+        """The checkpoint in a local directory, or in a repository on the Hub, which is downloaded to its cache."""
+        if Path(directory_or_hub_id).is_dir():
+            return cls(Path(directory_or_hub_id))
+        wanted = [f"*{ending}" for ending in (".safetensors", *_COPIED)]
+        wanted += ["LICENSE*", "NOTICE*", "USE_POLICY*"]
+        try:
+            return cls(
+                Path(snapshot_download(str(directory_or_hub_id), revision=revision, allow_patterns=wanted))
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"expected a directory or a repository on the Hub, got {str(directory_or_hub_id)!r}: {error}"
+            ) from error
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the directory; empty when there is none."""
+        file = self.directory / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        return self.json(_INDEX)
+
+    @cached_property
+    def weight_files(self) -> list[str]:
+        """Names of the weight files, sorted."""
+        names = sorted(set(self._index.get("weight_map", {}).values())) or ["model.safetensors"]
+        absent = [n for n in names if Path(n).name != n or not (self.directory / n).is_file()]
+        if not absent:
+            return names
+        if self._index:
+            raise ValueError(f"{_INDEX} of {self.directory} names {absent[0]}, which is not there; {_BROKEN}")
+        pickles = sorted(f.name for f in self.directory.iterdir() if f.suffix in _PICKLES)
+        if pickles:
+            raise ValueError(
+                f"hf-fp4 reads safetensors only, got {pickles[0]}, which can run code when it is read; load the model once "
+                "with the tool that wrote it and save it as safetensors"
+            )
+        raise ValueError(
+            f"expected model.safetensors or {_INDEX} in {self.directory}, got neither; {_BROKEN}"
+        )
+
+    def _header(self, file: str) -> Iterator[tuple[str, Stored]]:
+        try:
+            opened = self._files[file] = safe_open(self.directory / file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{self.directory / file} cannot be read ({error}); {_BROKEN}") from error
+        for name in list(opened.keys()):  # it is no dictionary
+            part = opened.get_slice(name)
+            yield name, Stored(file, part.get_dtype(), tuple(part.get_shape()))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor."""
+        return self._files[self.tensors[name].file].get_tensor(name)
+
+    # --- a copy with other tensors and another config
+
+    def rewrite(
+        self,
+        staging: Path,
+        convert: Callable[[str], dict[str, torch.Tensor]],
+        config: dict[str, Any],
+        without: tuple[str, ...],
+        progress: str,
+    ) -> None:
+        """Write the checkpoint anew into ``staging``, one weight file at a time, and copy what belongs to the model.
+
+        Args:
+            staging: an empty directory.
+            convert: name of a tensor -> what is written for it, by name. Names come sorted, so those of a module together.
+            config: the new config.json.
+            without: names of files that are not copied.
+            progress: title of the progress bar.
+        """
+        weight_map: dict[str, str] = {}
+        total = 0
+        count = len(self.weight_files)
+        with logging.tqdm(total=len(self.tensors), desc=progress, unit="tensor") as bar:
+            for number, file in enumerate(self.weight_files, 1):
+                new = f"model-{number:05d}-of-{count:05d}.safetensors" if self._index else "model.safetensors"
+                tensors: dict[str, torch.Tensor] = {}
+                for name in sorted(name for name, stored in self.tensors.items() if stored.file == file):
+                    tensors.update(convert(name))
+                    bar.update()
+                save_file(tensors, staging / new, metadata={"format": "pt"})
+                weight_map.update(dict.fromkeys(tensors, new))
+                total += sum(tensor.nbytes for tensor in tensors.values())
+        if self._index:
+            metadata = {**self._index.get("metadata", {}), "total_size": total}
+            write_json(staging / _INDEX, {"metadata": metadata, "weight_map": weight_map})
+        self._copy_others(staging, without)
+        write_json(staging / "config.json", config)
+
+    def _copy_others(self, staging: Path, without: tuple[str, ...]) -> None:
+        left_out = ("config.json", "adapter_config.json", *without)  # adapters' weights are not copied either
+        for file in self.directory.iterdir():
+            if file.is_dir() and file.name in _COPIED_FOLDERS:
+                shutil.copytree(file, staging / file.name)
+            belongs = file.suffix in _COPIED or _COPIED_NAMES.fullmatch(file.name)
+            index = file.name.endswith(".index.json")
+            if file.is_file() and belongs and not index and file.name not in left_out:
+                shutil.copyfile(file, staging / file.name)
