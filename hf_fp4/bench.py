@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import statistics
 import time
 from collections import Counter
@@ -250,9 +251,10 @@ class _Run:
         shape = (settings.batch, settings.prompt_tokens)
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(len(embeddings), shape, generator=generator).to(embeddings.device)
-        self.cache = StaticCache(
-            config=model.config, max_cache_len=settings.prompt_tokens + settings.new_tokens
-        )
+        cache = StaticCache(config=model.config, max_cache_len=settings.prompt_tokens + settings.new_tokens)
+        # transformers 5.24 renamed the argument.
+        renamed = "cache" in inspect.signature(model.forward).parameters
+        self.cache, self.cached = cache, {"cache" if renamed else "past_key_values": cache}
 
     def prefill(self) -> float:
         """Seconds of one forward pass over the prompt, of which the last token's logits are computed."""
@@ -260,7 +262,7 @@ class _Run:
         self.cache.reset()
         start = self._now()
         with torch.no_grad():
-            logits = self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True, **keep).logits
+            logits = self.model(input_ids=self.ids, use_cache=True, **self.cached, **keep).logits
         seconds = self._now() - start
         if not bool(torch.isfinite(logits[:, -1]).all()):
             raise RuntimeError(_NOT_FINITE.format(self.name))
@@ -278,7 +280,7 @@ class _Run:
         ids = self.model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
-            past_key_values=self.cache,
+            **self.cached,
             logits_processor=LogitsProcessorList([clock]),
             max_new_tokens=count,
             min_new_tokens=count,

@@ -382,10 +382,9 @@ def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[Tensor, BlockCall]:
     """Hidden states and the rest; containers are copied as they are now, tensors are not."""
     args, kwargs = _map(args, lambda tensor: tensor), _map(kwargs, lambda tensor: tensor)
-    if kwargs.get("past_key_values") is not None:
-        raise ValueError(
-            f'{name}: expected no cache, got past_key_values despite use_cache=False; use method="rtn"'
-        )
+    cache = next((key for key in ("cache", "past_key_values") if kwargs.get(key) is not None), None)
+    if cache is not None:
+        raise ValueError(f'{name}: expected no cache, got {cache} despite use_cache=False; use method="rtn"')
     if args and isinstance(args[0], Tensor):
         return args[0], BlockCall(args[1:], kwargs)
     if isinstance(hidden := kwargs.pop("hidden_states", None), Tensor):
