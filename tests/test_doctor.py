@@ -430,6 +430,7 @@ def test_a_wrong_cpu_fails(monkeypatch, capsys):
 
 @pytest.mark.parametrize("fmt", list(FP4Format))
 @pytest.mark.parametrize("quantizes", [True, False])
+@torch.no_grad()
 def test_the_problem_shows_what_is_checked(fmt, quantizes):
     """A kernel that forgets the rotation, the bias or the quantization of its input gives something else."""
     layer, x = doctor._problem(fmt, quantizes)

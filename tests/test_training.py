@@ -9,24 +9,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import fake_kernels
+import peft
 import pytest
 import torch
 from model_zoo import tiny_model, tiny_tokens
+from packaging import version
 from peft import (
+    AdaLoraConfig,
     AutoPeftModelForCausalLM,
+    IA3Config,
     LoraConfig,
     PeftModel,
+    VeraConfig,
     get_peft_model,
     prepare_model_for_kbit_training,
 )
+from test_kernel_layers import Attention
 from test_linear import KINDS, Case, Made
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import hf_fp4
-from hf_fp4 import FP4Linear, MRGPTQConfig
+from hf_fp4 import FP4Linear, MRGPTQConfig, quantizer
 from hf_fp4.backends import KernelSource
 from hf_fp4.layers import linear as linear_module
+from hf_fp4.layers.linear import use_kernels
+from hf_fp4.layers.lora import refuse_merging
 
 TOKENS = tiny_tokens(2, 16, seed=3)
 DATA = [{"input_ids": row, "labels": row} for row in tiny_tokens(8, 16, seed=1)]
@@ -141,6 +150,26 @@ def test_autocast(case: Case, kernels, compiled, monkeypatch):
         assert layer(x).dtype == torch.float32, "autocast ended"
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])
+def test_layers_on_one_input_share_its_preparation_under_autocast(gradients, compiled, monkeypatch):
+    found = fake_kernels.found()
+    monkeypatch.setattr(linear_module, "select", lambda source, device: found)
+    block = Attention()
+    x = torch.randn(5, block.q_proj.in_features)
+    expected = block(x.bfloat16())
+    use_kernels(block, KernelSource("me/kernels", 3))
+    torch.compiler.reset()
+    run = torch.compile(block, fullgraph=True, backend="aot_eager") if compiled else block
+    x.requires_grad_(gradients)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(x)
+        fake_kernels.prepared.clear()
+        assert torch.equal(run(x), expected)
+    assert len(fake_kernels.prepared) == 2, "q, k and v, then o"
+    assert block.q_proj._shared._held is None, "an input is kept after its last use"
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)], **IDS)
 def test_autocast_agrees_with_a_linear(shape):
     made = Made(KINDS[0], bias=True, shape=shape)
@@ -206,6 +235,10 @@ def test_an_adapter_is_saved_and_loaded(model, checkpoint, tmp_path):
     assert torch.equal(logits(base), expected)
 
 
+@pytest.mark.skipif(
+    version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION),
+    reason=f"this transformers' own adapters need peft {MIN_PEFT_VERSION}",
+)
 def test_transformers_add_adapter(model, checkpoint, tmp_path):
     before = packed(model)
     model.add_adapter(LoraConfig(r=4, target_modules=ATTENTION))
@@ -260,6 +293,38 @@ def test_merging_elsewhere_is_peft_s(quantized, checkpoint):
     torch.testing.assert_close(logits(adapted.merge_and_unload()), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=ATTENTION, use_rslora=True, lora_bias=True),
+        AdaLoraConfig(init_r=4, target_modules=ATTENTION, total_step=10),
+        IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]),
+        VeraConfig(r=4, target_modules=ATTENTION),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_adapters(config, model):
+    expected, before = logits(model), packed(model)
+    adapted = get_peft_model(model, config)
+    assert torch.equal(logits(adapted), expected)
+    adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    gradients = [parameter.grad for parameter in adapted.parameters() if parameter.requires_grad]
+    assert len(gradients) >= 4 and all(gradient is not None for gradient in gradients)
+    assert unchanged(before, model)
+    with pytest.raises(ValueError, match="unquantized layers to merge an adapter into"):
+        adapted.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}]
+)
+def test_what_needs_the_weight_itself_fails_at_once(fields, model):
+    before = packed(model)
+    with pytest.raises((RuntimeError, TypeError)):
+        lora(model, **fields)
+    assert unchanged(before, model)
+
+
 def test_unloading_gives_the_model_back(model):
     expected = logits(model)
     again = lora(copy.deepcopy(model), init_lora_weights=False).unload()
@@ -274,8 +339,9 @@ def test_importing_hf_fp4_imports_no_peft():
 
 
 def test_without_peft_models_load(checkpoint, monkeypatch):
-    monkeypatch.setattr("hf_fp4.layers.lora.is_peft_available", lambda: False)
-    hf_fp4.layers.lora.refuse_merging.__wrapped__()
+    for name in ("peft", "peft.tuners", "peft.tuners.tuners_utils"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(quantizer, "refuse_merging", refuse_merging.__wrapped__)  # which has not run yet
     assert logits(AutoModelForCausalLM.from_pretrained(checkpoint)).isfinite().all()
 
 

@@ -188,13 +188,15 @@ class FP4Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(
-                device, enabled=False
-            ):  # as nn.Linear's: only the input and the result are cast
-                return self.forward(x.to(torch.get_autocast_dtype(device)))
-        if self.kernels.module is None or x.dtype not in _KERNEL_DTYPES:
+            # As nn.Linear: the input is cast, and so is the result. What comes between chooses its own dtypes.
+            with torch.autocast(device, enabled=False):
+                return self._compute(x, torch.get_autocast_dtype(device))
+        return self._compute(x, x.dtype)
+
+    def _compute(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self.kernels.module is None or dtype not in _KERNEL_DTYPES:
             return ops.linear(
-                x,
+                x.to(dtype),
                 *self.stored(),
                 self.weight_global_scale,
                 self.input_global_scale,
@@ -206,15 +208,15 @@ class FP4Linear(nn.Linear):
         if torch.is_grad_enabled() and (
             x.requires_grad or (self.bias is not None and self.bias.requires_grad)
         ):
-            return _DifferentiableLinear.apply(x, self.bias, self)
-        return self._run(x)
+            return _DifferentiableLinear.apply(x, self.bias, self, dtype)
+        return self._run(x, dtype)
 
-    def _run(self, x: torch.Tensor) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         module: Any = self.kernels.module
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
         if self._shared is not None:
-            return module.gemm(self._shared.tokens_of(self, x), self.weight, self.row_scale, bias)
-        return module.linear(x, self.weight, self.row_scale, bias, **self._input_arguments)
+            return module.gemm(self._shared.tokens_of(self, x, dtype), self.weight, self.row_scale, bias)
+        return module.linear(x.to(dtype), self.weight, self.row_scale, bias, **self._input_arguments)
 
     @property
     def _input_arguments(self) -> dict[str, Any]:
@@ -247,12 +249,16 @@ class _DifferentiableLinear(torch.autograd.Function):
     """A layer's kernels forward; backward as `ops.linear`'s: straight through the quantization of the input."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: FP4Linear) -> torch.Tensor:
-        ctx.layer = layer
-        return layer._run(x)
+    def forward(
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: FP4Linear, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return layer._run(x, dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         layer = ctx.layer
         x = bias = None
         if ctx.needs_input_grad[0]:
@@ -262,10 +268,10 @@ class _DifferentiableLinear(torch.autograd.Function):
                 layer.weight_global_scale,
                 layer.format.value,
                 layer.hadamard_size or 0,
-            )
+            ).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(layer.bias.dtype)
-        return x, bias, None
+        return x, bias, None, None
 
 
 class _SharedTokens:
@@ -283,9 +289,9 @@ class _SharedTokens:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # the copies' layers work one by one until `use_kernels` pairs them
 
-    def tokens_of(self, layer: FP4Linear, x: torch.Tensor) -> Any:
-        """The kernels' ``PreparedTokens`` for ``x``."""
-        held, moment = self._held, _moment(x)
+    def tokens_of(self, layer: FP4Linear, x: torch.Tensor, dtype: torch.dtype) -> Any:
+        """The kernels' ``PreparedTokens`` for ``x`` in ``dtype``."""
+        held, moment = self._held, (dtype, _moment(x))
         if (
             held is not None
             and held[0] is x
@@ -295,7 +301,9 @@ class _SharedTokens:
             tokens, takers = held[2], (*held[3], layer)
         else:
             module: Any = layer.kernels.module
-            tokens = module.prepare_activation(x, format=layer.format.value, **layer._input_arguments)
+            tokens = module.prepare_activation(
+                x.to(dtype), format=layer.format.value, **layer._input_arguments
+            )
             takers = (layer,)
         self._held = None if len(takers) == self._count else (x, moment, tokens, takers)
         return tokens

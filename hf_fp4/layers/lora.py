@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from transformers.utils.import_utils import is_peft_available
-
 from .linear import FP4Linear
 
 
@@ -16,9 +14,10 @@ def refuse_merging() -> None:
 
     PEFT has no place to register this: it would add to the bytes, and torch would complain about their shape.
     """
-    if not is_peft_available():
+    try:
+        from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    except ImportError:
         return
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
     check = BaseTuner._check_merge_allowed
 
