@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
+
 _MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 """Files that a model is loaded from; adapters, and weights saved as a variant, have other names."""
 
@@ -31,6 +33,7 @@ _COPIED = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt", ".vocab", ".
 _COPIED_NAMES = re.compile(r"(LICENSE|NOTICE|USE_POLICY)(\..*)?")
 _COPIED_FOLDERS = ("additional_chat_templates", "chat_templates")
 _BROKEN = "the checkpoint is damaged or incomplete: download it again"
+_MIXED_UP = "files of two checkpoints are mixed up: download or save it again"
 
 
 # --- writing
@@ -51,27 +54,55 @@ def staged(directory: str | os.PathLike) -> Iterator[Path]:
     try:
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
             yield Path(staging)
-            _publish(Path(staging), target)
+            with _locked(target):
+                _publish(Path(staging), target)
     finally:
         if not existed and not any(target.iterdir()):
             target.rmdir()
 
 
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Wait until no other process publishes there: each moves file by file, and two at once would mix their shards."""
+    if os.name != "posix":  # a directory cannot be opened
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning(
+                f"{directory} cannot be locked ({error}); let no other process save there at the same time"
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _publish(staging: Path, target: Path) -> None:
-    """Move finished files into ``target``, weights first and config.json last; drop the weights of an earlier save."""
+    """Move finished files into ``target``, weights first and config.json last; drop the weights of an earlier save.
+
+    While weights are moved there is no config.json: who loads then is refused, rather than given a mix of two models.
+    """
     files = sorted(
         staging.iterdir(), key=lambda f: (f.name == "config.json", f.suffix != ".safetensors", f.name)
     )
+    names = {file.name for file in files}
+    has_weights = any(_MODEL_WEIGHTS.fullmatch(name) for name in names)
+    if has_weights and "config.json" in names:
+        (target / "config.json").unlink(missing_ok=True)
     for file in files:
+        if file.name == "config.json" and has_weights:
+            for old in target.iterdir():
+                if _MODEL_WEIGHTS.fullmatch(old.name) and old.name not in names:
+                    old.unlink()
         if file.is_dir():
             shutil.copytree(file, target / file.name, dirs_exist_ok=True)
         else:
             os.replace(file, target / file.name)
-    names = {file.name for file in files}
-    if any(_MODEL_WEIGHTS.fullmatch(name) for name in names):
-        for old in target.iterdir():
-            if _MODEL_WEIGHTS.fullmatch(old.name) and old.name not in names:
-                old.unlink()
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
@@ -80,6 +111,45 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
 
 
 # --- reading
+
+
+def _open(file: Path) -> Any:
+    if not file.is_file():
+        raise ValueError(f"{file} is not there; {_BROKEN}")
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read ({error}); {_BROKEN}") from error
+
+
+def stored_names(files: Iterable[str | os.PathLike]) -> list[tuple[str, Path]]:
+    """Name and file of every tensor; only headers are read.
+
+    Raises ValueError: a file is missing, truncated or not safetensors.
+    """
+    return [(name, Path(file)) for file in files for name in _open(Path(file)).keys()]  # noqa: SIM118
+
+
+def check_shards(stored: Iterable[tuple[str, Path]]) -> None:
+    """Refuse the files of one checkpoint if a tensor is in two of them, or if their index says otherwise than they do."""
+    where: dict[str, Path] = {}
+    for name, file in stored:
+        if name in where:
+            raise ValueError(f"{name} is in {where[name]} and in {file.name}; {_MIXED_UP}")
+        where[name] = file
+    found = {name: file.name for name, file in where.items()}
+    for directory in {file.parent for file in where.values()}:
+        for index in directory.glob("*.safetensors.index*.json"):
+            listed = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+            if set(listed.values()) != set(found.values()):
+                continue  # of a variant that is not loaded
+            wrong = sorted(n for n in listed.keys() | found.keys() if listed.get(n) != found.get(n))
+            if wrong:
+                name = wrong[0]
+                raise ValueError(
+                    f"{index} says that {name} (and {len(wrong) - 1} more) is in {listed.get(name, 'no file')}, it is in "
+                    f"{found.get(name, 'no file')}; {_MIXED_UP}"
+                )
 
 
 @dataclass(frozen=True)
@@ -103,7 +173,13 @@ class Checkpoint:
         if not self.config:
             raise ValueError(f"expected a checkpoint, got {directory} which has no config.json")
         self._files: dict[str, Any] = {}
-        self.tensors = {name: stored for file in self.weight_files for name, stored in self._header(file)}
+        self.tensors: dict[str, Stored] = {}
+        for name, stored in (pair for file in self.weight_files for pair in self._header(file)):
+            if name in self.tensors:
+                raise ValueError(
+                    f"{name} is in {directory / self.tensors[name].file} and in {stored.file}; {_MIXED_UP}"
+                )
+            self.tensors[name] = stored
         absent = sorted(self._index.get("weight_map", {}).keys() - self.tensors.keys())
         if absent:
             raise ValueError(
@@ -155,10 +231,7 @@ class Checkpoint:
         )
 
     def _header(self, file: str) -> Iterator[tuple[str, Stored]]:
-        try:
-            opened = self._files[file] = safe_open(self.directory / file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{self.directory / file} cannot be read ({error}); {_BROKEN}") from error
+        opened = self._files[file] = _open(self.directory / file)
         for name in list(opened.keys()):  # it is no dictionary
             part = opened.get_slice(name)
             yield name, Stored(file, part.get_dtype(), tuple(part.get_shape()))

@@ -138,6 +138,14 @@ class MRGPTQConfig(QuantizationConfigMixin):
                 ) from error
         if self.modules_to_not_convert is not None:
             self.modules_to_not_convert = _names("modules_to_not_convert", self.modules_to_not_convert)
+        if self.work_dir is not None and not isinstance(self.work_dir, (str, os.PathLike)):
+            raise ValueError(f"work_dir must be a directory's path, got {self.work_dir!r}")
+        for name in ("modules", "calibration"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name} must be what a run wrote, a dictionary, got {value!r}")
+        for module, size in (self.modules or {}).items():
+            _one_of(f"the Hadamard size of {module}", size, (None, *HADAMARD_SIZES))
 
     @classmethod
     def paper(cls, format: str = "nvfp4", **overrides: Any) -> MRGPTQConfig:
@@ -212,6 +220,12 @@ class MRGPTQConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
         """Rebuild a config from `to_dict`'s output; unknown keys are refused, they may change what the bytes mean."""
+        method = config_dict.get("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ValueError(
+                f"expected quant_method {QUANT_METHOD!r} in the quantization config, got {method!r}; load the checkpoint with "
+                "the tool that wrote it"
+            )
         values = {k: v for k, v in config_dict.items() if k not in ("quant_method", "how_to_load")}
         known = {f.name for f in fields(cls) if f.init}
         named = sorted(set(values) & set(_LOADING_ATTRIBUTES))

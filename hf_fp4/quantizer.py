@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import types
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from .calibration.capture import find_blocks, require_finite
 from .calibration.data import calibration_batches
 from .calibration.driver import LayerReport, quantize_model
 from .calibration.group import new_layer
-from .checkpoint_files import staged
+from .checkpoint_files import check_shards, staged, stored_names
 from .config import QUANT_METHOD, MRGPTQConfig
 from .gptq import round_weight
 from .layers.linear import FP4Linear, use_kernels
@@ -65,6 +66,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
         self.skipped: dict[str, str] = {}
         self.loaded_from = ""
         self._on_load: _QuantizeOnLoad | None = None
+        self._stored: set[str] = set()
         if self.pre_quantized and quantization_config.modules is None:
             raise ValueError(
                 "the checkpoint's quantization_config does not list its quantized modules; it is damaged or was saved "
@@ -101,8 +103,12 @@ class MRGPTQHfQuantizer(HfQuantizer):
                     "model once without quantization_config and save_pretrained() it"
                 )
         config = self.quantization_config
+        stored = stored_names(checkpoint_files or [])
         if self.pre_quantized:
+            check_shards(stored)
+            self._stored = {name for name, _ in stored}
             self._insert_layers(model)
+            _refuse_strangers(model, stored)
             return
         _refuse_quantized(checkpoint_files or [])
         selection = select_linears(model, config.fp4_format, config.modules_to_not_convert)
@@ -153,6 +159,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
         self._explain_backends(model)
         if self.pre_quantized:
             _check_layers(model)
+            _refuse_random(model, self._stored)
         elif self._on_load is not None:
             self._on_load.finish(model)
             self.report = [LayerReport(n, size, None, None, 0.0) for n, size in self._on_load.sizes.items()]
@@ -365,6 +372,44 @@ def _check_layers(model: PreTrainedModel) -> None:
                     "damaged or incomplete: download or quantize it again"
                 )
         module.check(name)
+
+
+def _refuse_strangers(model: PreTrainedModel, stored: list[tuple[str, Path]]) -> None:
+    """Refuse tensors of an FP4 layer that it has no use for: they are of another format, or the config was changed."""
+    prefix = f"{model.base_model_prefix}."
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FP4Linear)}
+    for key, file in stored:
+        saved, _, leaf = key.rpartition(".")
+        layer = next(
+            (layers[n] for n in (saved, saved.removeprefix(prefix), prefix + saved) if n in layers), None
+        )
+        if layer is None:
+            continue
+        tensors = (*layer.named_buffers(recurse=False), *layer.named_parameters(recurse=False))
+        if leaf not in dict(tensors):
+            raise ValueError(
+                f"a linear of this checkpoint has {', '.join(dict(tensors))}, got {key} in {file}; files of two checkpoints "
+                "are mixed up, or config.json was changed: download or quantize it again"
+            )
+
+
+def _refuse_random(model: PreTrainedModel, stored: set[str]) -> None:
+    """Refuse a parameter that no file has, which transformers fills with random numbers; but a new head gets those."""
+    if type(model).__name__ not in (model.config.architectures or []):
+        return
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    absent = [
+        name
+        for name, parameter in model.named_parameters()
+        if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False))
+        and name not in stored  # one of another shape, when the caller said that shapes may differ
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if absent:
+        raise ValueError(
+            f"the checkpoint has no tensor {absent[0]} (and {len(absent) - 1} more); it is damaged or incomplete: download or "
+            "quantize it again"
+        )
 
 
 def _tokenizer(tokenizer: Any, model: PreTrainedModel, dataset: Any) -> Any:

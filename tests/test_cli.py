@@ -241,12 +241,20 @@ def test_refuses_a_missing_text(original, tmp_path, capsys):
     assert "no.txt" in message
 
 
-def test_refuses_a_damaged_checkpoint(rtn, text_file, tmp_path, capsys):
-    for file in rtn.iterdir():
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("rtn", "model.safetensors cannot be read"),
+        ("original", "a weight file is damaged or incomplete, download"),  # transformers does not say which
+    ],
+)
+def test_refuses_a_damaged_checkpoint(model, message, request, text_file, tmp_path, capsys):
+    source = request.getfixturevalue(model)
+    for file in source.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "model.safetensors").write_bytes((rtn / "model.safetensors").read_bytes()[:1000])
-    message = refusal(capsys, "evaluate", tmp_path, "--text", text_file, "--device-map", "cpu")
-    assert "a weight file is damaged or incomplete" in message
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:1000])
+    refused = refusal(capsys, "evaluate", tmp_path, "--text", text_file, "--device-map", "cpu")
+    assert message in refused and "damaged or incomplete" in refused
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bflat16", "load"])
