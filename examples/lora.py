@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 from hf_fp4 import MRGPTQConfig
@@ -74,6 +75,7 @@ def main() -> None:
     base = quantized(args.model, args.output / "base", rows[:-held_out])
 
     model = AutoModelForCausalLM.from_pretrained(base, device_map="auto")
+    set_seed(0)  # of the adapter's first weights
     model = get_peft_model(model, LoraConfig(r=args.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.print_trainable_parameters()
     arguments = TrainingArguments(

@@ -6,12 +6,15 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import hub_server
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -61,9 +64,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run_example(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+def run_example(
+    name: str, *arguments: object, processes: int = 1, environment: dict[str, str] | None = None
+) -> str:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *launch[: 4 * (processes > 1)], str(EXAMPLES / name), *map(str, arguments)]
+    environment = {**(environment or os.environ), "PYTHONPATH": str(EXAMPLES.parent)}
     run = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -122,6 +128,74 @@ def test_lora(tiny, tmp_path, quantized):
     assert losses["after"] < 0.9 * losses["before"] and losses["reloaded"] == losses["after"]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "adapter" / "base" / "model.safetensors").is_file() != quantized
+
+
+SMALL = ["--num-samples", 4, "--sequence-length", 32]
+TEXT = "The cat sat on the mat and looked at the moon. " * 40
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Bytes of a checkpoint's tensors."""
+    tensors = load_file(directory / "model.safetensors")
+    return {name: tensor.contiguous().view(-1).view(torch.uint8) for name, tensor in tensors.items()}
+
+
+def test_own_data(tiny, tmp_path):
+    chats = [[{"role": "user", "content": TEXT[:100] + str(i)}] for i in range(20)]
+    lines = [json.dumps({"messages": chat}) for chat in chats]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    (tmp_path / "held_out.txt").write_text(TEXT)
+    out = tmp_path / "out"
+    printed = run_example(
+        "own_data.py", tiny, tmp_path / "chats.jsonl", tmp_path / "held_out.txt", out, *SMALL
+    )
+    assert "On held_out.txt, against the original model:" in printed and "KL divergence" in printed
+    assert "model.layers.*.mlp.up_proj" in printed
+    layers = json.loads((out / "report.json").read_text())["layers"]
+    assert len(layers) == 14 and all(0 < layer["error"] < 1 for layer in layers)
+    assert len(list((out / "blocks").glob("block-*.safetensors"))) == 2
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.config.quantization_config.calibration["tokens"] == 4 * 32
+    assert len(AutoTokenizer.from_pretrained(out / "model")) == 258
+
+
+def test_share_and_serve(tiny, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "hub").mkdir()
+    with hub_server.running(tmp_path / "hub") as hub:
+        printed = run_example(
+            "share_and_serve.py",
+            *(tiny, tmp_path / "out", "--dataset", tmp_path / "text.txt", *SMALL, "--push", "me/model"),
+            environment=hub.environment(tmp_path / "home", "hf_me"),
+        )
+        pushed = hub.files("me/model")
+        assert hub.repos["models", "me/model"].private
+    assert f"  vllm serve {tmp_path / 'out' / 'vllm'}\n" in printed
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= pushed.keys()
+    saved = tmp_path / "out" / "model"
+    assert pushed["model.safetensors"] == (saved / "model.safetensors").read_bytes()
+    assert "hf-fp4" in (saved / "README.md").read_text()
+    exported = json.loads((tmp_path / "out" / "vllm" / "config.json").read_text())
+    assert exported["quantization_config"]["format"] == "nvfp4-pack-quantized"
+
+
+def test_big_model(tiny, tmp_path):
+    """Two processes, killed before the last block was finished; one process goes on and ends with the same model."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "out"
+    arguments = ("big_model.py", tiny, tmp_path / "text.txt", out, *SMALL, "--batch-size", 2)
+    printed = run_example(*arguments, processes=2)
+    assert printed.count(f"Saved in {out / 'model'}") == 1
+    first, last = sorted((out / "blocks").glob("block-*.safetensors"))
+    together, when = weights(out / "model"), first.stat().st_mtime_ns
+    last.unlink()
+    shutil.rmtree(out / "model")
+    assert f"Saved in {out / 'model'}" in run_example(*arguments)
+    assert first.stat().st_mtime_ns == when and last.exists()
+    for name, alone in weights(out / "model").items():
+        # Second moments are added up in another order, which may turn a tie the other way.
+        same = (alone == together[name]).float().mean()
+        assert same == 1 if ".layers.1." not in name else same > 0.97, name
 
 
 def test_held_out_text_is_long_enough_to_measure_on():
