@@ -1,14 +1,15 @@
 """Quantize a model that is larger than your GPU: it stays in CPU memory, and its blocks visit the GPU one at a time.
 
     python examples/big_model.py meta-llama/Llama-3.3-70B-Instruct my_text.txt quantized
-    torchrun --nproc-per-node 4 examples/big_model.py ...   # the same arguments; with four GPUs it is faster
+    torchrun --nproc-per-node 4 examples/big_model.py ...   # the same arguments, on four GPUs
 
 The CPU memory must hold the model in bfloat16 (2 bytes per parameter); the GPU only one block and what it computes. With
 torchrun each process has a GPU and a share of the calibration text, and each holds the model: four processes need four times
 the memory. All of them end with the same model, and the first one saves it.
 
 Finished blocks are kept in `quantized/blocks`: if the run is killed, the same command goes on where it was. When it is done,
-they may be deleted; the model is in `quantized/model`. Without a GPU everything runs on the CPU.
+they may be deleted; the model is in `quantized/model`. Without a GPU everything runs on the CPU, which is where this script
+was tested.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .doctor import describe_device, versions
 from .layers.linear import FP4Linear
+from .model_card import size_text
 
 _COMPILE: dict[str, Any] = {"fullgraph": True, "mode": "reduce-overhead"}
 """How the decoding step is compiled; what `generate` does by default on a GPU, but a graph break is an error."""
@@ -125,9 +126,9 @@ class BenchResult:
                     m.name,
                     str(m.prefill),
                     str(m.decode),
-                    _size(m.peak_bytes),
-                    _size(m.weight_bytes),
-                    f"{_size(m.read_per_second)}/s",
+                    "-" if m.peak_bytes is None else size_text(m.peak_bytes),
+                    size_text(m.weight_bytes),
+                    f"{size_text(m.read_per_second)}/s",
                 )
             )
         if len(self.models) == 2:
@@ -365,9 +366,3 @@ def _looked_up_bytes(model: Any) -> int:
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def _size(count: float | None) -> str:
-    if count is None:
-        return "-"
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

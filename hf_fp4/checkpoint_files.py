@@ -130,13 +130,19 @@ def stored_names(files: Iterable[str | os.PathLike]) -> list[tuple[str, Path]]:
     return [(name, Path(file)) for file in files for name in _open(Path(file)).keys()]  # noqa: SIM118
 
 
-def check_shards(stored: Iterable[tuple[str, Path]]) -> None:
-    """Refuse the files of one checkpoint if a tensor is in two of them, or if their index says otherwise than they do."""
+def _places(stored: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """The file of every tensor; ValueError when a tensor is in two."""
     where: dict[str, Path] = {}
     for name, file in stored:
         if name in where:
             raise ValueError(f"{name} is in {where[name]} and in {file.name}; {_MIXED_UP}")
         where[name] = file
+    return where
+
+
+def check_shards(stored: Iterable[tuple[str, Path]]) -> None:
+    """Refuse the files of one checkpoint if a tensor is in two of them, or if their index says otherwise than they do."""
+    where = _places(stored)
     found = {name: file.name for name, file in where.items()}
     for directory in {file.parent for file in where.values()}:
         for index in directory.glob("*.safetensors.index*.json"):
@@ -173,13 +179,9 @@ class Checkpoint:
         if not self.config:
             raise ValueError(f"expected a checkpoint, got {directory} which has no config.json")
         self._files: dict[str, Any] = {}
-        self.tensors: dict[str, Stored] = {}
-        for name, stored in (pair for file in self.weight_files for pair in self._header(file)):
-            if name in self.tensors:
-                raise ValueError(
-                    f"{name} is in {directory / self.tensors[name].file} and in {stored.file}; {_MIXED_UP}"
-                )
-            self.tensors[name] = stored
+        headers = [pair for file in self.weight_files for pair in self._header(file)]
+        _places((name, directory / stored.file) for name, stored in headers)
+        self.tensors: dict[str, Stored] = dict(headers)
         absent = sorted(self._index.get("weight_map", {}).keys() - self.tensors.keys())
         if absent:
             raise ValueError(

@@ -31,7 +31,7 @@ from transformers import (
 from . import __version__, report
 from .bench import BenchSettings, bench
 from .compressed_tensors import export_compressed_tensors, import_compressed_tensors
-from .config import MRGPTQConfig
+from .config import LOADING_ATTRIBUTES, MRGPTQConfig
 from .doctor import examine
 from .evaluate import evaluate
 from .model_card import Measurement, add_measurement, size_text, unquantized_bytes
@@ -40,7 +40,6 @@ from .quantizer import MRGPTQHfQuantizer
 # What a user can bring about; anything else is a bug of ours and keeps its traceback.
 _EXPECTED = (ValueError, OSError, RuntimeError, ImportError, SafetensorError)
 _SET_BY_A_RUN = ("modules", "calibration")
-_KERNELS = ("kernel_repo", "kernel_version", "trust_kernel_repo")
 _CALIBRATION = (
     "dataset",
     "tokenizer",
@@ -206,7 +205,7 @@ def _add_quantize(commands: Any) -> None:
     )
     calibration = parser.add_argument_group("calibration")
     kernels = parser.add_argument_group("GPU kernels")
-    _add_config_flags({_CALIBRATION: calibration, _KERNELS: kernels}, others=method)
+    _add_config_flags({_CALIBRATION: calibration, LOADING_ATTRIBUTES: kernels}, others=method)
     _add_loading_flags(parser)
 
 
@@ -281,7 +280,7 @@ def _add_doctor(commands: Any) -> None:
         epilog=_DOCTOR_EXAMPLE,
     )
     parser.set_defaults(run=_doctor)
-    _add_config_flags({_KERNELS: parser.add_argument_group("GPU kernels")})
+    _add_config_flags({LOADING_ATTRIBUTES: parser.add_argument_group("GPU kernels")})
     _add_debug_flag(parser)
 
 

@@ -16,6 +16,8 @@ from transformers.utils import logging
 from .checkpoint_files import Checkpoint, staged, write_json
 from .config import QUANT_METHOD, MRGPTQConfig
 from .formats import FP4Format
+from .layers.replace import find_saved
+from .ops import BROKEN
 from .other_layouts import (
     IMPORTED,
     KV_CACHE,
@@ -32,7 +34,6 @@ logger = logging.get_logger(__name__)
 _OWN_CONFIG = "mr_gptq_config.json"
 """What an export replaces in config.json, kept beside it so that an import is the exact inverse."""
 
-_BROKEN = "the checkpoint is damaged or incomplete: download or quantize it again"
 _FLOATS = ("BF16", "F16", "F32")
 
 
@@ -148,7 +149,7 @@ def import_compressed_tensors(
     if not layout.modules:
         raise ValueError(
             f"expected linears quantized by {layout.tool}, got a checkpoint where no tensor is called "
-            f"{layout.packed}; {_BROKEN}"
+            f"{layout.packed}; {BROKEN}"
         )
     weights = {module: f"{module}.{layout.weight}" for module in layout.modules}
     _check_linears(_skeleton(source), source, weights)
@@ -231,22 +232,21 @@ def _check_linears(model: PreTrainedModel | None, source: Checkpoint, weights: d
     """Refuse packed weights that belong to no linear of the model, or to one of another shape."""
     if model is None:
         return
-    prefix = f"{model.base_model_prefix}."
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     missing = []
     for module, name in weights.items():
-        names = (module, module.removeprefix(prefix), prefix + module)
-        linear = next((linears[n] for n in names if n in linears), None)
-        if linear is None:
+        own_name = find_saved(linears, module, model)
+        if own_name is None:
             missing.append(module)
             continue
+        linear = linears[own_name]
         if name not in source.tensors:
-            raise ValueError(f"the checkpoint has no tensor {name}; {_BROKEN}")
+            raise ValueError(f"the checkpoint has no tensor {name}; {BROKEN}")
         stored = source.tensors[name]
         expected = (linear.out_features, linear.in_features // 2)
         if (stored.dtype, stored.shape) != ("U8", expected):
             raise ValueError(
-                f"{name} must be uint8 {list(expected)}, got {stored.dtype} {list(stored.shape)}; {_BROKEN}"
+                f"{name} must be uint8 {list(expected)}, got {stored.dtype} {list(stored.shape)}; {BROKEN}"
             )
     if missing:
         raise ValueError(
@@ -282,7 +282,7 @@ def _own_linears(source: Checkpoint, config: MRGPTQConfig) -> set[str]:
         wrong = sorted(expected ^ found) or ["none"]
         raise ValueError(
             f"config.json lists {len(expected)} quantized linears, the files have {len(found)} (the first that differs: "
-            f"{wrong[0]}); {_BROKEN}"
+            f"{wrong[0]}); {BROKEN}"
         )
     return found
 

@@ -18,10 +18,10 @@ QUANT_METHOD = "mr_gptq"
 DEFAULT_DATASET = "HuggingFaceFW/fineweb-edu:sample-10BT"
 
 _HOW_TO_LOAD = "pip install hf-fp4, then `import hf_fp4` before AutoModelForCausalLM.from_pretrained(...)"
-_LOADING_ATTRIBUTES = ("kernel_repo", "kernel_version", "trust_kernel_repo")
+LOADING_ATTRIBUTES = ("kernel_repo", "kernel_version", "trust_kernel_repo")
 """A checkpoint does not have these: whoever loads it says which kernels run."""
 
-_NOT_SAVED = ("tokenizer", "batch_size", "calibration_device", "work_dir", *_LOADING_ATTRIBUTES)
+_NOT_SAVED = ("tokenizer", "batch_size", "calibration_device", "work_dir", *LOADING_ATTRIBUTES)
 
 
 @dataclass(repr=False)
@@ -168,7 +168,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What transformers takes from a config that is passed to `from_pretrained` of a quantized checkpoint."""
-        return {name: getattr(self, name) for name in _LOADING_ATTRIBUTES}
+        return {name: getattr(self, name) for name in LOADING_ATTRIBUTES}
 
     @property
     def fp4_format(self) -> FP4Format:
@@ -228,7 +228,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
             )
         values = {k: v for k, v in config_dict.items() if k not in ("quant_method", "how_to_load")}
         known = {f.name for f in fields(cls) if f.init}
-        named = sorted(set(values) & set(_LOADING_ATTRIBUTES))
+        named = sorted(set(values) & set(LOADING_ATTRIBUTES))
         if named:
             raise ValueError(
                 f"a checkpoint may not choose what code runs, got {named} in its quantization config; remove them, and pass "

@@ -12,15 +12,12 @@ from importlib import metadata
 
 import torch
 
-from .backends import Kernels, KernelSource, select
+from .backends import BACKENDS, Kernels, KernelSource, select
 from .formats import FP4Format
 from .gptq import round_weight
 from .layers.linear import FP4Linear
 from .rotation import rotate
 from .scales import ACTIVATION_SCALE_RULES, input_global_scale, weight_global_scale, weight_scales
-
-BACKENDS = ("blackwell", "cuda", "triton", "reference")
-"""From the best to the one that runs everywhere."""
 
 _TOKENS, _OUT_FEATURES, _IN_FEATURES, _HADAMARD = 48, 256, 512, 32
 

@@ -400,7 +400,7 @@ def unquantized_bytes(model: PreTrainedModel) -> int:
     return sum(packed) * model.dtype.itemsize + sum(others)
 
 
-def size_text(count: int) -> str:
+def size_text(count: float) -> str:
     """Bytes for a person."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 

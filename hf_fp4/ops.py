@@ -11,6 +11,9 @@ import torch
 from .formats import FP4Format
 from .rotation import HADAMARD_SIZES
 
+BROKEN = "the checkpoint is damaged or incomplete: download or quantize it again"
+"""How refusals of a stored linear end."""
+
 LIBRARY = torch.library.Library("hf_fp4", "DEF")
 LIBRARY.define(
     "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_global_scale, Tensor? input_global_scale, "
@@ -125,12 +128,12 @@ def check_linear(
     if tuple(weight_scale.shape) != expected or weight_scale.dtype != format.scale_dtype:
         raise ValueError(
             f"{name}.weight_scale must be {format.scale_dtype} {list(expected)} for a {format.value} weight of "
-            f"[{rows}, {in_features}], got {weight_scale.dtype} {list(weight_scale.shape)}; {_BROKEN}"
+            f"[{rows}, {in_features}], got {weight_scale.dtype} {list(weight_scale.shape)}; {BROKEN}"
         )
     if hadamard_size and (hadamard_size not in HADAMARD_SIZES or in_features % hadamard_size):
         raise ValueError(
             f"the Hadamard size of {name} must be one of {HADAMARD_SIZES} and divide in_features {in_features}, "
-            f"got {hadamard_size}; {_BROKEN}"
+            f"got {hadamard_size}; {BROKEN}"
         )
     codes = weight_scale.view(torch.uint8)
     if format is FP4Format.NVFP4:
@@ -140,19 +143,16 @@ def check_linear(
     if bad.any():
         where = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"{name}.weight_scale holds {int(bad.sum())} zero, negative or NaN scales, the first at {where}; {_BROKEN}"
+            f"{name}.weight_scale holds {int(bad.sum())} zero, negative or NaN scales, the first at {where}; {BROKEN}"
         )
     if format.has_global_scale and "weight_global_scale" not in global_scales:
-        raise ValueError(f"{name}.weight_global_scale is missing, {format.value} needs it; {_BROKEN}")
+        raise ValueError(f"{name}.weight_global_scale is missing, {format.value} needs it; {BROKEN}")
     for buffer, value in global_scales.items():
         if value.numel() != 1 or value.dtype != torch.float32:
             raise ValueError(
-                f"{name}.{buffer} must be float32 [1], got {value.dtype} {list(value.shape)}; {_BROKEN}"
+                f"{name}.{buffer} must be float32 [1], got {value.dtype} {list(value.shape)}; {BROKEN}"
             )
         if not (torch.isfinite(value).all() and (value > 0).all()):
             raise ValueError(
-                f"{name}.{buffer} must be a positive finite number, got {value.item()}; {_BROKEN}"
+                f"{name}.{buffer} must be a positive finite number, got {value.item()}; {BROKEN}"
             )
-
-
-_BROKEN = "the checkpoint is damaged or incomplete: download or quantize it again"

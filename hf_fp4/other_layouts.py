@@ -18,7 +18,7 @@ import torch
 from .checkpoint_files import Checkpoint
 from .config import QUANT_METHOD, MRGPTQConfig
 from .formats import FP4Format
-from .ops import check_linear
+from .ops import BROKEN, check_linear
 from .rotation import HADAMARD_SIZES, rotate
 
 IMPORTED = "unknown: imported from "
@@ -28,7 +28,6 @@ OWN_NAMES = ("weight", "weight_scale", "weight_global_scale", "input_global_scal
 KV_CACHE = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
 """Last parts of names of the scales of a quantized KV cache."""
 
-_BROKEN = "the checkpoint is damaged or incomplete: download or quantize it again"
 _CLOSEST_RULES = {FP4Format.NVFP4: "absmax", FP4Format.MXFP4: "mse"}
 """What is closest to compressed-tensors, whose MXFP4 takes the larger exponent from 7/8 of the next power of two on."""
 
@@ -49,10 +48,10 @@ def check_tensors(
     weight = tensors["weight"]
     if weight.dtype != torch.uint8 or weight.dim() != 2:
         raise ValueError(
-            f"the packed weight of {module} must be uint8 [out, in/2], got {weight.dtype} {list(weight.shape)}; {_BROKEN}"
+            f"the packed weight of {module} must be uint8 [out, in/2], got {weight.dtype} {list(weight.shape)}; {BROKEN}"
         )
     if "weight_scale" not in tensors:
-        raise ValueError(f"the checkpoint has no block scales for {module}; {_BROKEN}")
+        raise ValueError(f"the checkpoint has no block scales for {module}; {BROKEN}")
     scales = {name: tensor for name, tensor in tensors.items() if name.endswith("global_scale")}
     check_linear(module, weight, tensors["weight_scale"], scales, fmt, hadamard_size)
 
@@ -109,7 +108,7 @@ class OtherLayout:
             module, _, leaf = name.rpartition(".")
             if module not in modules and leaf in own:
                 raise ValueError(
-                    f"{module} has {leaf} and no {self.packed}: {self.tool} quantized it otherwise than to FP4, or {_BROKEN}"
+                    f"{module} has {leaf} and no {self.packed}: {self.tool} quantized it otherwise than to FP4, or {BROKEN}"
                 )
             if module in modules and leaf not in self.names and leaf not in KV_CACHE:
                 raise ValueError(
@@ -134,8 +133,7 @@ class OtherLayout:
     def load(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors of one linear under this package's names, checked."""
         for leaf in self.required:
-            if f"{module}.{leaf}" not in self.source.tensors:
-                raise ValueError(f"the checkpoint has no tensor {module}.{leaf}; {_BROKEN}")
+            self._require(f"{module}.{leaf}")
         tensors = self._convert(
             module,
             {
@@ -147,6 +145,12 @@ class OtherLayout:
         tensors = _without_zero_scales(tensors, self.format)
         check_tensors(module, tensors, self.format, self.hadamard_size(module))
         return tensors
+
+    def _require(self, name: str) -> str:
+        """``name``, of a tensor that the checkpoint must have."""
+        if name not in self.source.tensors:
+            raise ValueError(f"the checkpoint has no tensor {name}; {BROKEN}")
+        return name
 
     def _convert(self, module: str, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {new: stored[leaf] for leaf, new in self.names.items() if new and leaf in stored}
@@ -272,11 +276,7 @@ class ModelOptLayout(OtherLayout):
             stored.pop("input_scale", None)
         for leaf in ("weight_scale_2", "input_scale"):
             if leaf in stored:
-                multiplier = stored[leaf]
-                if multiplier.numel() != 1 or not (multiplier > 0).all() or not multiplier.isfinite().all():
-                    raise ValueError(
-                        f"{module}.{leaf} must be one positive finite number, got {multiplier.tolist()}; {_BROKEN}"
-                    )
+                multiplier = _positive(stored[leaf], f"{module}.{leaf}")
                 stored[leaf] = multiplier.double().reciprocal().float().reshape(1)
         return super()._convert(module, stored)
 
@@ -330,19 +330,12 @@ class FPQuantLayout(OtherLayout):
 
     def _factor(self, module: str) -> float:
         """The divisor of a weight."""
-        name = f"{module}.weight_global_scale"
-        if name not in self.source.tensors:
-            raise ValueError(f"the checkpoint has no tensor {name}; {_BROKEN}")
-        value = self.source.tensor(name)
-        if value.numel() != 1 or not (value > 0).all() or not value.isfinite().all():
-            raise ValueError(f"{name} must be one positive finite number, got {value.tolist()}; {_BROKEN}")
-        return value.item()
+        name = self._require(f"{module}.weight_global_scale")
+        return _positive(self.source.tensor(name), name).item()
 
     def hadamard_size(self, module: str) -> int | None:
         """Size of the block Hadamard rotation of a linear's input; ValueError for another rotation."""
-        name = f"{module}.forward_hadamard_matrix"
-        if name not in self.source.tensors:
-            raise ValueError(f"the checkpoint has no tensor {name}; {_BROKEN}")
+        name = self._require(f"{module}.forward_hadamard_matrix")
         matrix = self.source.tensor(name).float()
         size = len(matrix)
         if matrix.shape == (size, size):
@@ -358,7 +351,7 @@ class FPQuantLayout(OtherLayout):
 
     def _convert(self, module: str, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if any(stored[leaf].numel() for leaf in ("weight", "dqweight") if leaf in stored):
-            raise ValueError(f"{module} has both packed and unpacked weights; {_BROKEN}")
+            raise ValueError(f"{module} has both packed and unpacked weights; {BROKEN}")
         tensors = super()._convert(module, stored)
         rows, half = tensors["weight"].shape
         groups = 2 * half // self._stored_format.group_size
@@ -367,7 +360,7 @@ class FPQuantLayout(OtherLayout):
         if tuple(scales.shape) not in ((rows, groups), padded):
             raise ValueError(
                 f"{module}.scales must be uint8 {[rows, groups]} or padded to {list(padded)}, got {list(scales.shape)}; "
-                f"{_BROKEN}"
+                f"{BROKEN}"
             )
         scales = scales[:rows, :groups].contiguous()
         if self._stored_format is FP4Format.NVFP4:
@@ -387,6 +380,13 @@ class FPQuantLayout(OtherLayout):
         return tensors
 
 
+def _positive(value: torch.Tensor, name: str) -> torch.Tensor:
+    """``value``, which must be one positive finite number."""
+    if value.numel() != 1 or not (value > 0).all() or not value.isfinite().all():
+        raise ValueError(f"{name} must be one positive finite number, got {value.tolist()}; {BROKEN}")
+    return value
+
+
 def _is_power_of_two(value: float) -> bool:
     return math.frexp(value)[0] == 0.5
 
@@ -395,7 +395,7 @@ def _shifted(module: str, scales: torch.Tensor, octaves: int) -> torch.Tensor:
     """E8M0 bytes divided by 2**octaves."""
     moved = scales.short() - octaves
     if (moved < 0).any() or (moved > 254).any() or (scales == 255).any():
-        raise ValueError(f"the block scales of {module} leave the range of E8M0 or hold NaN; {_BROKEN}")
+        raise ValueError(f"the block scales of {module} leave the range of E8M0 or hold NaN; {BROKEN}")
     return moved.to(torch.uint8)
 
 

@@ -31,8 +31,9 @@ from .config import QUANT_METHOD, MRGPTQConfig
 from .gptq import round_weight
 from .layers.linear import FP4Linear, use_kernels
 from .layers.lora import refuse_merging
-from .layers.replace import describe_skipped, linear_at, replace_linears, select_linears
+from .layers.replace import describe_skipped, find_saved, linear_at, replace_linears, select_linears
 from .model_card import CARD_NAME, card_on_hub, write_card
+from .other_layouts import quantization_of
 from .rotation import largest_size, require_divisor, rotate
 from .scales import fused_partners, weight_global_scale, weight_scales
 
@@ -122,12 +123,9 @@ class MRGPTQHfQuantizer(HfQuantizer):
     def _insert_layers(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
         linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        prefix = f"{model.base_model_prefix}."  # a head model holds under this name what the bare model holds by itself
         sizes, missing = {}, []
         for saved, size in (config.modules or {}).items():
-            found = next(
-                (n for n in (saved, saved.removeprefix(prefix), prefix + saved) if n in linears), None
-            )
+            found = find_saved(linears, saved, model)
             if found is None:
                 missing.append(saved)
             else:
@@ -339,10 +337,8 @@ def _refuse_quantized(checkpoint_files: list[str]) -> None:
     """Refuse a checkpoint that a method unknown to transformers quantized: transformers would read it as if it were not."""
     for directory in {Path(file).parent for file in checkpoint_files}:
         file = directory / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-        found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
-        if found is not None:
+        found = quantization_of(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        if found:
             raise ValueError(
                 f"the checkpoint is quantized already (quant_method {found.get('quant_method')!r} in its config.json); "
                 "quantize the original model, or load this one without quantization_config"
@@ -376,15 +372,13 @@ def _check_layers(model: PreTrainedModel) -> None:
 
 def _refuse_strangers(model: PreTrainedModel, stored: list[tuple[str, Path]]) -> None:
     """Refuse tensors of an FP4 layer that it has no use for: they are of another format, or the config was changed."""
-    prefix = f"{model.base_model_prefix}."
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FP4Linear)}
     for key, file in stored:
         saved, _, leaf = key.rpartition(".")
-        layer = next(
-            (layers[n] for n in (saved, saved.removeprefix(prefix), prefix + saved) if n in layers), None
-        )
-        if layer is None:
+        name = find_saved(layers, saved, model)
+        if name is None:
             continue
+        layer = layers[name]
         tensors = (*layer.named_buffers(recurse=False), *layer.named_parameters(recurse=False))
         if leaf not in dict(tensors):
             raise ValueError(

@@ -6,6 +6,7 @@ import functools
 import os
 import random
 import sys
+from pathlib import Path
 
 # Before torch and huggingface_hub are imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,6 +48,26 @@ def poisoned_memory():
         patch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
         patch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
         yield
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a byte-level tokenizer, saved as a user would have it."""
+    from model_zoo import save_with_tokenizer
+
+    directory = tmp_path_factory.mktemp("original")
+    save_with_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rtn(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `hf-fp4 quantize --method rtn` makes of it."""
+    from hf_fp4 import cli
+
+    out = tmp_path_factory.mktemp("rtn") / "out"
+    assert cli.main(["quantize", str(original), str(out), "--method", "rtn", "--device-map", "cpu"]) == 0
+    return out
 
 
 def _poisoned(allocate):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
-from model_zoo import save_with_tokenizer, tiny_model
+from model_zoo import tiny_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
@@ -18,20 +17,6 @@ from hf_fp4.bench import BenchResult, BenchSettings, Measurement, Rate, bench, m
 
 SMALL = BenchSettings(batch=2, prompt_tokens=8, new_tokens=5, repeats=3)
 FLAGS = ["--batch", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "2", "--device-map", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("original")
-    save_with_tokenizer(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def rtn(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("rtn") / "out"
-    assert cli.main(["quantize", str(original), str(out), "--method", "rtn", "--device-map", "cpu"]) == 0
-    return out
 
 
 class Timeline:

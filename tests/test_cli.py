@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_zoo import save_with_tokenizer
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -24,25 +23,10 @@ SMALL = ["--num-samples", "4", "--sequence-length", "32", "--device-map", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a byte-level tokenizer, saved as a user would have it."""
-    directory = tmp_path_factory.mktemp("original")
-    save_with_tokenizer(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(TEXT, encoding="utf-8")
     return file
-
-
-@pytest.fixture(scope="module")
-def rtn(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("rtn") / "out"
-    assert cli.main(["quantize", str(original), str(out), "--method", "rtn", "--device-map", "cpu"]) == 0
-    return out
 
 
 # --- quantize

@@ -1,5 +1,6 @@
 """Which kernels are loaded, and what is said when they cannot be."""
 
+import subprocess
 import sys
 import types
 
@@ -107,8 +108,6 @@ def test_a_gpu_that_is_too_old(monkeypatch):
 
 
 def test_importing_the_package_imports_no_kernels():
-    import subprocess
-
-    code = "import sys, hf_fp4; print('kernels' in sys.modules, 'triton' in sys.modules)"
+    code = "import sys, hf_fp4; print('kernels' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split()[0] == "False"
+    assert result.stdout.strip() == "False"

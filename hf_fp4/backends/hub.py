@@ -12,6 +12,9 @@ import torch
 from ..formats import FP4Format
 from . import reference
 
+BACKENDS = ("blackwell", "cuda", "triton", "reference")
+"""The best first. All but the last are the kernel package's, whose choice it is which one a GPU takes."""
+
 
 @dataclass(frozen=True)
 class KernelSource:
@@ -30,7 +33,7 @@ class Kernels:
     """What `select` found: the functions of a loaded kernel package, or none, which means the reference backend.
 
     Attributes:
-        backend: ``"blackwell"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+        backend: one of `BACKENDS`.
         module: the package, whose functions its own docstrings describe; None for the reference.
         turned_down: the reason for each better backend that cannot run, by its name.
     """
@@ -65,12 +68,8 @@ def _select_cuda(source: KernelSource, index: int) -> Kernels:
         turned_down = _why_not_better(backend, index)
     except Exception as error:  # noqa: BLE001 - whatever keeps a kernel from loading is a reason to go on without it
         reason = f"{type(error).__name__}: {error}".strip()
-        return Kernels("reference", turned_down=dict.fromkeys(_BETTER, reason))
+        return Kernels("reference", turned_down=dict.fromkeys(BACKENDS[:-1], reason))
     return Kernels(backend, module, turned_down)
-
-
-_BETTER = ("blackwell", "cuda", "triton")
-"""Backends of the kernel package, the best first; which one a GPU takes is the package's choice."""
 
 
 def _why_not_better(backend: str, index: int) -> dict[str, str]:
@@ -80,7 +79,7 @@ def _why_not_better(backend: str, index: int) -> dict[str, str]:
     }
     capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
     has = f"{torch.cuda.get_device_name(index)} has {capability}"
-    return {name: f"it needs {needs[name]}, {has}" for name in _BETTER[: _BETTER.index(backend)]}
+    return {name: f"it needs {needs[name]}, {has}" for name in BACKENDS[: BACKENDS.index(backend)]}
 
 
 @functools.cache
@@ -105,6 +104,23 @@ def describe(found: Kernels, source: KernelSource) -> str:
     )
 
 
+def input_arguments(
+    activation_scale_rule: str | None, hadamard_size: int | None, input_global_scale: torch.Tensor | None
+) -> dict[str, Any]:
+    """What becomes of a linear's input, as the functions of a kernel package are told; rule None: W4A16."""
+    return {
+        "activations": "bf16" if activation_scale_rule is None else "fp4",
+        "rule": activation_scale_rule or "absmax",
+        "hadamard": hadamard_size,
+        "input_global_scale": input_global_scale,
+    }
+
+
+def fake_quantizes(kernels: Kernels, x: torch.Tensor) -> bool:
+    """Whether `quantize_input` of ``x`` runs on kernels, which give back bfloat16."""
+    return kernels.module is not None and x.dtype == torch.bfloat16
+
+
 def quantize_input(
     kernels: Kernels,
     x: torch.Tensor,
@@ -114,16 +130,11 @@ def quantize_input(
     input_global_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`reference.quantize_input`, by kernels for bfloat16; its values are bfloat16 then, which holds quantized ones exactly."""
-    if kernels.module is None or x.dtype != torch.bfloat16:
+    if not fake_quantizes(kernels, x):
         return reference.quantize_input(x, fmt, activation_scale_rule, hadamard_size, input_global_scale)
-    values, multiplier = kernels.module.fake_quantize(
-        x,
-        format=fmt.value,
-        activations="bf16" if activation_scale_rule is None else "fp4",
-        rule=activation_scale_rule or "absmax",
-        hadamard=hadamard_size,
-        input_global_scale=input_global_scale,
-    )
+    module: Any = kernels.module
+    arguments = input_arguments(activation_scale_rule, hadamard_size, input_global_scale)
+    values, multiplier = module.fake_quantize(x, format=fmt.value, **arguments)
     if activation_scale_rule is None or not fmt.has_global_scale:
         return values, None
     per_token = input_global_scale is None

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..backends import quantize_input, select
+from ..backends import fake_quantizes, quantize_input, select
 from ..backends.reference import compute_dtype, matmul
 from ..config import MRGPTQConfig
 from ..formats import dequantize_blocks
@@ -97,18 +97,15 @@ class Group:
                 )
         self._moments.add(rotated, original)
 
-    def _by_kernels(self, x: torch.Tensor) -> bool:
-        return self._kernels.module is not None and x.dtype == torch.bfloat16
-
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         """In float32, or where kernels do it in bfloat16: then moments take a tensor core's time."""
-        if self._by_kernels(x):
+        if fake_quantizes(self._kernels, x):
             return quantize_input(self._kernels, x, self._format, None, self.hadamard_size, None)[0]
         return rotate(x, self.hadamard_size)
 
     def _quantized(self, x: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the layer will see of ``x``: values and their divisor."""
-        if self._by_kernels(x):
+        if fake_quantizes(self._kernels, x):
             return self._quantize_input(x, self._input_scale)
         assert self._rule is not None
         return fake_quantize_activations(rotated, self._format, self._rule, self._input_scale)

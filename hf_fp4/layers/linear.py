@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..backends import REFERENCE, Kernels, KernelSource, select
+from ..backends import REFERENCE, Kernels, KernelSource, input_arguments, select
 from ..formats import FP4Format, dequantize_blocks
 from ..gptq import FP4Weight
 from ..rotation import rotate
@@ -221,14 +221,8 @@ class FP4Linear(nn.Linear):
     @property
     def _input_arguments(self) -> dict[str, Any]:
         """What the kernels are told about the input; `_SharedTokens` needs it to be the same in all its layers."""
-        rule = self.activation_scale_rule
-        return {
-            "activations": "bf16" if rule is None else "fp4",
-            "rule": rule or "absmax",
-            "hadamard": self.hadamard_size,
-            "input_global_scale": self.input_global_scale,
-            "fp8": self._fp8,
-        }
+        arguments = input_arguments(self.activation_scale_rule, self.hadamard_size, self.input_global_scale)
+        return {**arguments, "fp8": self._fp8}
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that this layer stands for, rotated back, [out_features, in_features] in ``dtype``."""

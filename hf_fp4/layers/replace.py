@@ -9,7 +9,7 @@ import functools
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -248,6 +248,15 @@ def _check_entries(model: nn.Module, entries: list[str], require_match: bool) ->
             f"modules_to_not_convert: expected names of modules of {type(model).__name__}, got {unmatched} which match "
             f"none; they look like {', '.join(names[-3:])}"
         )
+
+
+def find_saved(modules: Container[str], saved: str, model: PreTrainedModel) -> str | None:
+    """The name in ``modules`` of what a checkpoint calls ``saved``; None if it is not there.
+
+    A model with a head holds under its ``base_model_prefix`` what the bare model holds by itself.
+    """
+    prefix = f"{model.base_model_prefix}."
+    return next((n for n in (saved, saved.removeprefix(prefix), prefix + saved) if n in modules), None)
 
 
 def _matches(name: str, entry: str) -> bool:

@@ -1,12 +1,10 @@
 """The GPTQ kernels against `hf_fp4.gptq`, the same in PyTorch: compiled on a GPU, elsewhere in Triton's interpreter."""
 
 import importlib
-import sys
-import types
 
 import pytest
 import torch
-from conftest import ROOT
+from blackwell_compile import load_source
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -34,12 +32,8 @@ DAMP = 0.01
 
 @pytest.fixture(scope="module")
 def kernels():
-    """The source file, as a part of a package that has nothing else: a build's other files need a GPU to be of use."""
-    name = "hf_fp4_kernels_source"
-    package = types.ModuleType(name)
-    package.__path__ = [str(ROOT / "torch-ext" / "hf_fp4_kernels")]
-    sys.modules[name] = package
-    module = importlib.import_module(f"{name}._gptq")
+    """The source file: a build's other files need a GPU to be of use."""
+    module = importlib.import_module(f"{load_source().__name__}._gptq")
     if DEVICE == "cpu":
         module.ROWS = 32  # the interpreter's time goes by programs; 40 rows still take two of them
     return module

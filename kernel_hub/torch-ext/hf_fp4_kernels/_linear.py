@@ -258,16 +258,26 @@ def rotate_quantize(
     )
 
 
-def _quantizes(activations: str) -> bool:
+def _quantization(
+    x: torch.Tensor,
+    format: str,
+    activations: str,
+    hadamard: int | None,
+    rule: str,
+    global_scale: torch.Tensor | None,
+    fp8: bool,
+) -> _Quantization:
+    """The arguments of `prepare_activation`, checked."""
+    _check_rule(format, rule)
+    _check_activation(x, format, hadamard)
     if activations not in ("fp4", "bf16"):
         raise ValueError(f"activations must be 'fp4' or 'bf16', got {activations!r}")
-    return activations == "fp4"
-
-
-def _operand(format: str, quantize: bool, dtype: torch.dtype, fp8: bool) -> str:
+    quantize = activations == "fp4"
     if not quantize:
-        return "bf16" if dtype == torch.bfloat16 else "fp16"
-    return "e4m3" if format == "mxfp4" and fp8 else "bf16"
+        operand = "bf16" if x.dtype == torch.bfloat16 else "fp16"
+    else:
+        operand = "e4m3" if format == "mxfp4" and fp8 else "bf16"
+    return _Quantization(global_scale, FORMATS[format], quantize, hadamard or 0, RULES[rule], operand)
 
 
 def prepare_activation(
@@ -285,11 +295,7 @@ def prepare_activation(
     x: bf16 or fp16 [..., K]. activations: "fp4" or "bf16" (weight-only; the 16-bit dtype of x).
     fp8: for mxfp4 W4A4, multiply in E4M3; the weight must be `fp8_exact`.
     """
-    _check_rule(format, rule)
-    _check_activation(x, format, hadamard)
-    quantize = _quantizes(activations)
-    operand = _operand(format, quantize, x.dtype, fp8)
-    q = _Quantization(input_global_scale, FORMATS[format], quantize, hadamard or 0, RULES[rule], operand)
+    q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8)
     return _BACKENDS[backend_of(x.device)].prepare_activation(x.contiguous(), q)
 
 
@@ -307,11 +313,9 @@ def fake_quantize(
     Returns code * block scale in bf16 [..., K], which is exact, and the multiplier that belongs to it: float32 [1], or [M]
     per token. For "bf16" the rotated values in the dtype of x, and an empty multiplier. Arguments: as `prepare_activation`.
     """
-    _check_rule(format, rule)
-    _check_activation(x, format, hadamard)
-    quantize = _quantizes(activations)
+    q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8=False)
     values, multiplier = _triton.ops_prepare_activation(
-        x.contiguous(), input_global_scale, FORMATS[format], quantize, hadamard or 0, RULES[rule]
+        x.contiguous(), q.global_scale, q.format, q.quantize, q.hadamard, q.rule
     )
     return values.view(x.shape), multiplier
 
@@ -345,10 +349,6 @@ def linear(
     fp8: False where `fp8_exact` said so (mxfp4 W4A4): multiply in bf16 instead of E4M3.
     """
     format = _format_of_packed(packed, x.shape[-1])
-    _check_rule(format, rule)
-    _check_activation(x, format, hadamard)
-    quantize = _quantizes(activations)
-    operand = _operand(format, quantize, x.dtype, fp8)
-    q = _Quantization(input_global_scale, FORMATS[format], quantize, hadamard or 0, RULES[rule], operand)
+    q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8)
     y = _BACKENDS[_backend_of_weight(packed)].linear(x.contiguous(), q, packed, row_scale, bias)
     return y.view(*x.shape[:-1], row_scale.shape[0])
