@@ -37,7 +37,10 @@ struct GemmProblem {
   int token_tile;
   int format;
   int operand;
-  int split;                // 0: chosen here; blocks that share K, for run_gemv the variant
+  // 0: chosen by the kernel. Other values are for measuring and tests. run_gemv: the variant, 1..3. Else the last two digits
+  // divide the work, 10 * share + split: split blocks divide K, share blocks of neighbouring rows (1, 2, 4 or 8; 0 is 1)
+  // fetch their tokens together; split * share is at most 8; 0: chosen by the kernel.
+  int split;
 };
 
 struct PrepareProblem {

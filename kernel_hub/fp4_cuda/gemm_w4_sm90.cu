@@ -5,12 +5,9 @@
 // tile) in shared memory. A producer warp streams prepared weight tiles and token tiles with bulk copies into a ring of
 // stages; two consumer warpgroups expand and multiply. With few blocks the k range is split over the blocks of a cluster,
 // which add up through distributed shared memory in a fixed order, so that the result is the same every time and no
-// workspace exists.
-#include <array>
-
+// workspace exists. Blocks of a cluster with neighbouring rows share the tokens they fetch.
+#include "cluster_sm90.cuh"
 #include "expand_fp4.cuh"
-#include "fp4_kernels.h"
-#include "pipeline_sm90.cuh"
 #include "wgmma_sm90.cuh"
 
 namespace fp4 {
@@ -40,15 +37,10 @@ struct Traits : Shape<kTokens> {
   static constexpr int kWeightStage = S::kTilesPerStage * kWeightTile;  // of one warpgroup
   static constexpr int kTokenOffset = (kGroups * kWeightStage + 127) / 128 * 128;
   static constexpr int kStageBytes = kTokenOffset + S::kTilesPerStage * kTokenTile;
-  static constexpr int kReduceStride = kRows + 4;
+  static constexpr int kReduceStride = kRows + 4;  // what write_output reads
   static constexpr int kReduceBytes = kTokens * kReduceStride * 4;
   static constexpr int kRing = S::kStages * kStageBytes > kReduceBytes ? S::kStages * kStageBytes : kReduceBytes;
   static constexpr int kSmem = kRing + 256 + 128;  // barriers, alignment
-};
-
-struct GemmArgs {
-  GemmProblem p;
-  float factor;  // of this operand type, on top of row_scale
 };
 
 // No-swizzle K-major operand: 8 tokens x 16 bytes are contiguous, the next 8 tokens 128 bytes on, the next 16 bytes of k
@@ -74,41 +66,47 @@ struct Range {
 };
 
 template <class T>
-__device__ void produce(const GemmProblem& p, const Ring<T>& ring, Range k, int token_block, int row_block) {
-  const int stages = (k.count + T::kTilesPerStage - 1) / T::kTilesPerStage;
-  const int last_row_tile = (p.n + 63) / 64 - 1;
-  const uint64_t stream_once = policy_evict_first(), keep = policy_evict_last();
-  const uint8_t* tokens = static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(token_block) * p.k_tiles * T::kTokenTile;
+struct Producer {
+  const GemmProblem& p;
+  const ClusterPlace& place;
+  const Ring<T>& ring;
+  Range k;
+  uint64_t stream_once = policy_evict_first(), keep = policy_evict_last();
 
-  auto tiles_of = [&](int i) { return min(T::kTilesPerStage, k.count - i * T::kTilesPerStage); };
-  auto copy_weights = [&](int i) {
-    const int s = i % T::kStages, tiles = tiles_of(i);
+  __device__ __forceinline__ int stages() const { return (k.count + T::kTilesPerStage - 1) / T::kTilesPerStage; }
+  __device__ __forceinline__ int tiles_of(int i) const { return min(T::kTilesPerStage, k.count - i * T::kTilesPerStage); }
+
+  __device__ __forceinline__ void copy_weights(int i) const {
+    const int s = i % T::kStages, tiles = tiles_of(i), last_row_tile = (p.n + 63) / 64 - 1;
     barrier_expect(ring.full(s), tiles * (kGroups * T::kWeightTile + T::kTokenTile));
     for (int g = 0; g < kGroups; ++g) {
-      const int row_tile = min(row_block * kGroups + g, last_row_tile);
+      const int row_tile = min(place.row_block * kGroups + g, last_row_tile);
       const int64_t tile = static_cast<int64_t>(row_tile) * p.k_tiles + k.first + i * T::kTilesPerStage;
       bulk_copy(ring.stage(s) + g * T::kWeightStage, p.weight + tile * T::kWeightTile, tiles * T::kWeightTile,
                 ring.full(s), gridDim.y == 1 ? stream_once : keep);
     }
-  };
-  auto copy_tokens = [&](int i) {
-    const int s = i % T::kStages;
-    bulk_copy(ring.stage(s) + T::kTokenOffset,
-              tokens + static_cast<int64_t>(k.first + i * T::kTilesPerStage) * T::kTokenTile, tiles_of(i) * T::kTokenTile,
-              ring.full(s), keep);
-  };
-
-  // Weights never depend on the kernel before: fetch them while it still runs.
-  const int early = min(stages, T::kStages);
-  for (int i = 0; i < early; ++i) copy_weights(i);
-  grid_dependency_wait();
-  for (int i = 0; i < early; ++i) copy_tokens(i);
-  for (int i = early; i < stages; ++i) {
-    barrier_wait(ring.empty(i % T::kStages), (i / T::kStages - 1) & 1);
-    copy_weights(i);
-    copy_tokens(i);
   }
-}
+  __device__ __forceinline__ void copy_tokens(int i) const {
+    const int s = i % T::kStages;
+    const int64_t tile = static_cast<int64_t>(blockIdx.y) * p.k_tiles + k.first + i * T::kTilesPerStage;
+    place.copy_tokens(ring.stage(s) + T::kTokenOffset, static_cast<const uint8_t*>(p.x) + tile * T::kTokenTile,
+                      tiles_of(i) * T::kTokenTile, ring.full(s), keep);
+  }
+  // Weights never depend on the kernel before, and need no other block's barriers: fetch them while it still runs.
+  __device__ void begin() const {
+    for (int i = 0; i < min(stages(), T::kStages); ++i) copy_weights(i);
+  }
+  __device__ void run() const {
+    const int early = min(stages(), T::kStages);
+    grid_dependency_wait();
+    for (int i = 0; i < early; ++i) copy_tokens(i);
+    for (int i = early; i < stages(); ++i) {
+      barrier_wait(ring.empty(i % T::kStages), (i / T::kStages - 1) & 1);
+      copy_weights(i);
+      copy_tokens(i);
+    }
+  }
+};
 
 __device__ __forceinline__ uint4 load_shared16(uint32_t address) {
   uint4 v;
@@ -136,7 +134,8 @@ struct Cursor {
 
 // While the tensor cores multiply tile i, tile i + 1 is expanded into the other register buffer.
 template <class T, Operand kOperand, Format kFormat, int kTokens>
-__device__ __forceinline__ void consume(const Ring<T>& ring, int tiles, float (&acc)[kTokens / 2]) {
+__device__ __forceinline__ void consume(const Ring<T>& ring, const ClusterPlace& place, int tiles,
+                                        float (&acc)[kTokens / 2]) {
   constexpr int kPerStage = T::kTilesPerStage, kUnroll = kPerStage < 2 ? 2 : kPerStage;
   const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const uint32_t codes = group * T::kWeightStage + codes_offset(slice, lane);
@@ -166,7 +165,7 @@ __device__ __forceinline__ void consume(const Ring<T>& ring, int tiles, float (&
       if (i + u < tiles) {
         multiply(stage, u % kPerStage, a[u & 1]);
         wgmma_wait<1>();  // the tile before has been multiplied: its registers and perhaps its stage are free
-        if (u % kPerStage == 0 && finished != 0 && threadIdx.x % 32 == 0) barrier_arrive(finished);
+        if (u % kPerStage == 0 && finished != 0) place.release(finished);
         if (i + u + 1 < tiles) {
           if ((u + 1) % kPerStage == 0) {
             finished = ring.empty(at.stage);
@@ -180,53 +179,6 @@ __device__ __forceinline__ void consume(const Ring<T>& ring, int tiles, float (&
     }
   }
   wgmma_wait<0>();
-}
-
-// ---- Epilogue ------------------------------------------------------------------------------------------------------
-template <typename Out>
-__device__ __forceinline__ uint32_t pack_pair(float a, float b);
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float a, float b) {
-  __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<uint32_t*>(&v);
-}
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__half>(float a, float b) {
-  __half2 v = __floats2half2_rn(a, b);
-  return *reinterpret_cast<uint32_t*>(&v);
-}
-
-// Each block of the cluster adds up and writes its share of the tokens x rows, 8 rows at a time.
-template <class T, int kTokens, typename Out>
-__device__ void write_output(const GemmArgs& args, uint32_t reduce, int token_block, int row_block, int split, int rank) {
-  const GemmProblem& p = args.p;
-  const int tokens = min(kTokens, p.m - token_block * kTokens);
-  const Out* bias = static_cast<const Out*>(p.bias);
-  Out* out = static_cast<Out*>(p.out);
-  for (int c = rank * kConsumers + threadIdx.x; c < tokens * (kRows / 8); c += split * kConsumers) {
-    const int token = c / (kRows / 8), row = c % (kRows / 8) * 8;
-    const int n = row_block * kRows + row;
-    if (n >= p.n) continue;
-    const int m = token_block * kTokens + token;
-    const uint32_t address = reduce + (token * T::kReduceStride + row) * 4;
-    float v[8] = {};
-    for (int r = 0; r < split; ++r) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float4 f = load_cluster(address + h * 16, r);
-        v[4 * h] += f.x, v[4 * h + 1] += f.y, v[4 * h + 2] += f.z, v[4 * h + 3] += f.w;
-      }
-    }
-    const float token_scale = p.token_scale != nullptr ? p.token_scale[m * p.token_scale_stride] : 1.0f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      v[i] *= (p.row_scale[n + i] * args.factor) * token_scale;
-      if (bias != nullptr) v[i] += static_cast<float>(bias[n + i]);
-    }
-    const uint4 packed = make_uint4(pack_pair<Out>(v[0], v[1]), pack_pair<Out>(v[2], v[3]), pack_pair<Out>(v[4], v[5]),
-                                    pack_pair<Out>(v[6], v[7]));
-    *reinterpret_cast<uint4*>(out + static_cast<int64_t>(m) * p.n + n) = packed;
-  }
 }
 
 template <class T, int kTokens>
@@ -253,79 +205,43 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, Shape<kTokens>::kBlo
   const GemmProblem& p = args.p;
   const uint32_t base = (smem_address(raw) + 127) & ~127u;
   const Ring<T> ring{base, base + T::kRing};
-  const int split = gridDim.x, rank = blockIdx.x, token_block = blockIdx.y, row_block = blockIdx.z;
-  const int first = static_cast<int>(static_cast<int64_t>(p.k_tiles) * rank / split);
-  const Range k{first, static_cast<int>(static_cast<int64_t>(p.k_tiles) * (rank + 1) / split) - first};
+  const ClusterPlace place(args);
+  const int first = static_cast<int>(static_cast<int64_t>(p.k_tiles) * place.part / place.split);
+  const Range k{first, static_cast<int>(static_cast<int64_t>(p.k_tiles) * (place.part + 1) / place.split) - first};
+  const bool clustered = gridDim.x > 1;
 
   grid_dependency_launch();
   if (threadIdx.x == kConsumers) {
     for (int s = 0; s < T::kStages; ++s) {
       barrier_init(ring.full(s), 1);
-      barrier_init(ring.empty(s), 4 * kGroups);
+      barrier_init(ring.empty(s), 4 * kGroups * place.share);
     }
     barrier_init_fence();
   }
   __syncthreads();
+  if (clustered) cluster_arrive();  // the other blocks may use this one's barriers
 
   if (threadIdx.x >= kConsumers) {
     if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (threadIdx.x == kConsumers) produce<T>(p, ring, k, token_block, row_block);
+    const Producer<T> producer{p, place, ring, k};
+    if (threadIdx.x == kConsumers) producer.begin();
+    __syncwarp();
+    if (clustered) cluster_wait();
+    if (threadIdx.x == kConsumers) producer.run();
   } else {
     if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    prefetch_row_data<kRows>(p, place.row_block);
+    if (clustered) cluster_wait();
     float acc[kTokens / 2];
 #pragma unroll
     for (int r = 0; r < kTokens / 2; ++r) acc[r] = 0.0f;
-    consume<T, kOperand, kFormat, kTokens>(ring, k.count, acc);
+    consume<T, kOperand, kFormat, kTokens>(ring, place, k.count, acc);
 
     grid_dependency_wait();
     consumer_sync();  // every stage has been read: the ring becomes the reduction buffer
     store_accumulators<T, kTokens>(reinterpret_cast<float*>(raw + (base - smem_address(raw))), acc);
-    if (split > 1) cluster_sync();
-    else consumer_sync();
-    if (p.out_is_bf16) write_output<T, kTokens, __nv_bfloat16>(args, base, token_block, row_block, split, rank);
-    else write_output<T, kTokens, __half>(args, base, token_block, row_block, split, rank);
-    if (split > 1) cluster_sync();  // a peer may still read this block's shared memory
+    finish<kTokens, kRows, kConsumers>(args, place, base, blockIdx.y, consumer_sync);
   }
-}
-
-constexpr int kMostSplit = 8;
-
-// How many clusters of each size fit on the GPU at once: less than its multiprocessors divided by the size, because a
-// cluster stays inside one group of them.
-template <Operand kOperand, Format kFormat, int kTokens>
-std::array<int, kMostSplit + 1> count_clusters() {
-  using T = Traits<kFormat, kTokens>;
-  std::array<int, kMostSplit + 1> active = {};
-  for (int split = 1; split <= kMostSplit; ++split) {
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = split;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(split);
-    config.blockDim = dim3(T::kThreads);
-    config.dynamicSmemBytes = T::kSmem;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    check_cuda(cudaOccupancyMaxActiveClusters(&active[split], gemm_w4_kernel<kOperand, kFormat, kTokens>, &config),
-               "cudaOccupancyMaxActiveClusters");
-  }
-  return active;
-}
-
-// The split of K with the shortest time: rounds of blocks times tiles of k, and a little for every addition.
-int choose_split(const std::array<int, kMostSplit + 1>& active, int blocks, int k_tiles) {
-  int best = 1, best_cost = 1 << 30;
-  for (int split = 1; split <= kMostSplit && k_tiles / split >= 4; ++split) {
-    if (active[split] == 0) continue;
-    const int rounds = (blocks + active[split] - 1) / active[split];
-    const int cost = rounds * ((k_tiles + split - 1) / split + 4) + (split > 1 ? 2 + split / 2 : 0);
-    if (cost < best_cost) {
-      best = split;
-      best_cost = cost;
-    }
-  }
-  return best;
 }
 
 template <Operand kOperand, Format kFormat, int kTokens>
@@ -333,12 +249,9 @@ void launch(const GemmProblem& p, cudaStream_t stream) {
   using T = Traits<kFormat, kTokens>;
   const auto kernel = gemm_w4_kernel<kOperand, kFormat, kTokens>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSmem), "shared memory");
-  const int token_blocks = (p.m + kTokens - 1) / kTokens, row_blocks = (p.n + kRows - 1) / kRows;
-  static const std::array<int, kMostSplit + 1> active = count_clusters<kOperand, kFormat, kTokens>();
-  const int split = p.split > 0 ? p.split : choose_split(active, token_blocks * row_blocks, p.k_tiles);
-  const float factor = kOperand == Operand::kFp16 && kFormat == Format::kMxfp4 ? 0.5f : 1.0f;
-  launch_after(kernel, dim3(split, token_blocks, row_blocks), dim3(T::kThreads), T::kSmem, split, stream,
-               GemmArgs{p, factor});
+  static const ClusterCounts active = count_clusters(kernel, T::kThreads, T::kSmem);
+  const BlockCost cost{kGroups * T::kWeightTile, T::kTokenTile, T::kReduceBytes, kGroups * kTokens * 1.2f};
+  launch_divided(kernel, active, cost, kRows, kTokens, T::kThreads, T::kSmem, kOperand, kFormat, p, stream);
 }
 
 template <Operand kOperand, Format kFormat>
@@ -347,8 +260,7 @@ void dispatch_tokens(const GemmProblem& p, cudaStream_t stream) {
     case 32: return launch<kOperand, kFormat, 32>(p, stream);
     case 64: return launch<kOperand, kFormat, 64>(p, stream);
     case 128: return launch<kOperand, kFormat, 128>(p, stream);
-    case 256:
-      return launch<kOperand, kFormat, 256>(p, stream);
+    case 256: return launch<kOperand, kFormat, 256>(p, stream);
   }
   throw std::runtime_error("gemm_w4_sm90: token_tile must be 32, 64, 128 or 256, got " +
                            std::to_string(p.token_tile));

@@ -1,0 +1,213 @@
+// What the matrix products with many blocks share: how a cluster divides its work, and how its blocks add up.
+//
+// The blocks of a cluster divide K (split) and stand for neighbouring rows (share). Blocks of the same part of K need the
+// same tokens: each fetches a share-th of them and the copy engine delivers it to all. Without that, tokens are most of
+// what crosses from L2: per k, 64 tokens are 128 bytes and 128 rows of weights 72.
+#pragma once
+
+#include <algorithm>
+#include <array>
+
+#include "fp4_format.cuh"
+#include "fp4_kernels.h"
+#include "pipeline_sm90.cuh"
+
+namespace fp4 {
+
+constexpr int kMostBlocks = 8;  // of a cluster, on every device of this architecture
+
+struct GemmArgs {
+  GemmProblem p;
+  float factor;  // of this operand type, on top of row_scale
+  int split;
+};
+
+// This block in its cluster. Grid: x is the cluster, y the tile of tokens, z the group of row blocks.
+struct ClusterPlace {
+  int split, share;  // blocks that divide K; blocks that share tokens
+  int part, peer;    // this block's part of K, and which of the blocks with this part it is
+  int row_block;
+
+  __device__ __forceinline__ explicit ClusterPlace(const GemmArgs& args)
+      : split(args.split),
+        share(gridDim.x / args.split),
+        part(blockIdx.x % args.split),
+        peer(blockIdx.x / args.split),
+        row_block(blockIdx.z * share + peer) {}
+  __device__ __forceinline__ int rank(int part_, int peer_) const { return peer_ * split + part_; }
+  // Bits of the blocks with this part of K.
+  __device__ __forceinline__ uint16_t sharers() const {
+    uint32_t mask = 0;
+    for (int i = 0; i < share; ++i) mask |= 1u << rank(part, i);
+    return static_cast<uint16_t>(mask);
+  }
+  // One warp frees a stage of the ring in every block that fills it.
+  __device__ __forceinline__ void release(uint32_t empty) const {
+    const int lane = threadIdx.x % 32;
+    if (share == 1 && lane == 0) barrier_arrive(empty);
+    if (share > 1 && lane < share) barrier_arrive_cluster(empty, rank(part, lane));
+  }
+  // Tokens at `src` into every sharer's `dst`: this block sends its part of the bytes.
+  __device__ __forceinline__ void copy_tokens(uint32_t dst, const uint8_t* src, uint32_t bytes, uint32_t full,
+                                              uint64_t policy) const {
+    if (share == 1) return bulk_copy(dst, src, bytes, full, policy);
+    const uint32_t piece = bytes / share, offset = piece * peer;
+    bulk_copy_shared(dst + offset, src + offset, piece, full, sharers(), policy);
+  }
+};
+
+template <typename Out>
+__device__ __forceinline__ uint32_t pack_pair(float a, float b);
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float a, float b) {
+  __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<uint32_t*>(&v);
+}
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__half>(float a, float b) {
+  __half2 v = __floats2half2_rn(a, b);
+  return *reinterpret_cast<uint32_t*>(&v);
+}
+
+// The end of a block waits for these: have them in L2 by then.
+template <int kRows>
+__device__ __forceinline__ void prefetch_row_data(const GemmProblem& p, int row_block) {
+  const int n = row_block * kRows + threadIdx.x * 8;
+  if (threadIdx.x >= kRows / 8 || n >= p.n) return;
+  prefetch_l2(p.row_scale + n);
+  if (p.bias != nullptr) prefetch_l2(static_cast<const uint16_t*>(p.bias) + n);
+}
+
+// Each of the blocks that divided K adds up and writes its share of the tokens x rows, 8 rows at a time. `reduce` is where
+// every one of them has its own sums, float32 [kTokens][kRows + 4].
+template <int kTokens, int kRows, int kThreads, typename Out>
+__device__ void write_output(const GemmArgs& args, const ClusterPlace& place, uint32_t reduce, int token_block) {
+  const GemmProblem& p = args.p;
+  const int tokens = min(kTokens, p.m - token_block * kTokens);
+  const Out* bias = static_cast<const Out*>(p.bias);
+  Out* out = static_cast<Out*>(p.out);
+  for (int c = place.part * kThreads + threadIdx.x; c < tokens * (kRows / 8); c += place.split * kThreads) {
+    const int token = c / (kRows / 8), row = c % (kRows / 8) * 8;
+    const int n = place.row_block * kRows + row;
+    if (n >= p.n) continue;
+    const int m = token_block * kTokens + token;
+    const uint32_t address = reduce + (token * (kRows + 4) + row) * 4;
+    float v[8] = {};
+#pragma unroll 4
+    for (int r = 0; r < place.split; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float4 f = load_cluster(address + h * 16, place.rank(r, place.peer));
+        v[4 * h] += f.x, v[4 * h + 1] += f.y, v[4 * h + 2] += f.z, v[4 * h + 3] += f.w;
+      }
+    }
+    const float token_scale = p.token_scale != nullptr ? p.token_scale[m * p.token_scale_stride] : 1.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      v[i] *= (p.row_scale[n + i] * args.factor) * token_scale;
+      if (bias != nullptr) v[i] += static_cast<float>(bias[n + i]);
+    }
+    const uint4 packed = make_uint4(pack_pair<Out>(v[0], v[1]), pack_pair<Out>(v[2], v[3]), pack_pair<Out>(v[4], v[5]),
+                                    pack_pair<Out>(v[6], v[7]));
+    *reinterpret_cast<uint4*>(out + static_cast<int64_t>(m) * p.n + n) = packed;
+  }
+}
+
+// All sums of the cluster are in shared memory: waits for them, writes the results, and keeps every block alive until no
+// other block needs its memory or its barriers. `block_sync` is a barrier of the kThreads threads that call this.
+template <int kTokens, int kRows, int kThreads, class Sync>
+__device__ __forceinline__ void finish(const GemmArgs& args, const ClusterPlace& place, uint32_t reduce, int token_block,
+                                       Sync block_sync) {
+  if (place.split > 1) cluster_sync();
+  else block_sync();
+  if (args.p.out_is_bf16) write_output<kTokens, kRows, kThreads, __nv_bfloat16>(args, place, reduce, token_block);
+  else write_output<kTokens, kRows, kThreads, __half>(args, place, reduce, token_block);
+  if (gridDim.x > 1) cluster_sync();
+}
+
+// ---- Host: how to divide a problem ------------------------------------------------------------------------------------
+using ClusterCounts = std::array<int, kMostBlocks + 1>;
+
+// How many clusters of each size fit on the GPU at once: less than its multiprocessors divided by the size, because a
+// cluster stays inside one group of them.
+template <typename Kernel>
+ClusterCounts count_clusters(Kernel kernel, int threads, int smem) {
+  ClusterCounts active = {};
+  for (int size = 1; size <= kMostBlocks; ++size) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = size;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(size);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = smem;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check_cuda(cudaOccupancyMaxActiveClusters(&active[size], kernel, &config), "cudaOccupancyMaxActiveClusters");
+  }
+  return active;
+}
+
+// One block: bytes of weights and tokens per tile of 64 k, bytes of its sums, and the tensor cores' time per tile.
+struct BlockCost {
+  int weights, tokens, sums;
+  float math_ns;
+};
+
+struct Division {
+  int split, share;
+};
+
+// The division with the shortest estimated time. A tile of k takes as long as the slowest of four: what crosses from L2,
+// what comes from memory, the tensor cores, and the latency of one step. The rates are those of an H100.
+inline Division choose_division(const ClusterCounts& active, const BlockCost& block, int token_blocks, int row_blocks,
+                                int k_tiles) {
+  constexpr float kL2 = 5000, kMemory = 2800, kPeers = 2500;        // bytes per ns
+  constexpr float kStep = 150, kStart = 1500, kShare = 300, kAdd = 1000;  // ns
+  constexpr int kSms = 132;
+  Division best{1, 1};
+  float best_cost = 1e30f;
+  for (int share = 1; share <= 4; share *= 2) {
+    for (int split = 1; split * share <= kMostBlocks && (split == 1 || k_tiles / split >= 4); ++split) {
+      const int size = split * share;
+      if (active[size] == 0) continue;
+      const int clusters = token_blocks * ((row_blocks + share - 1) / share);
+      const int rounds = (clusters + active[size] - 1) / active[size];
+      const int blocks = std::min(clusters, active[size]) * size, per_sm = (blocks + kSms - 1) / kSms;
+      const float memory = token_blocks > 1 ? 0.0f : blocks * block.weights / kMemory;
+      const float l2 = blocks * (block.weights + static_cast<float>(block.tokens) / share) / kL2;
+      const float tile = std::max({l2, memory, per_sm * block.math_ns, kStep});
+      const float add = split > 1 ? kAdd + blocks * static_cast<float>(block.sums) / kPeers : 0.0f;
+      const int tiles = (k_tiles + split - 1) / split;
+      const float cost = rounds * (tiles * tile + kStart + add) + (share > 1 ? kShare : 0.0f);
+      if (cost < best_cost) {
+        best = {split, share};
+        best_cost = cost;
+      }
+    }
+  }
+  return best;
+}
+
+// See GemmProblem::split.
+inline Division division_of(int forced, const ClusterCounts& active) {
+  const Division d{forced % 10, std::max(forced / 10, 1)};
+  const bool possible = d.split > 0 && (d.share & (d.share - 1)) == 0 && d.split * d.share <= kMostBlocks &&
+                        active[d.split * d.share] > 0;
+  if (!possible) throw std::runtime_error("split: no such division of the work, " + std::to_string(forced));
+  return d;
+}
+
+template <typename Kernel>
+void launch_divided(Kernel kernel, const ClusterCounts& active, const BlockCost& cost, int rows, int tokens, int threads,
+                    int smem, Operand operand, Format format, const GemmProblem& p, cudaStream_t stream) {
+  const int token_blocks = (p.m + tokens - 1) / tokens, row_blocks = (p.n + rows - 1) / rows;
+  const Division d = p.split % 100 > 0 ? division_of(p.split % 100, active)
+                                       : choose_division(active, cost, token_blocks, row_blocks, p.k_tiles);
+  const float factor = operand == Operand::kFp16 && format == Format::kMxfp4 ? 0.5f : 1.0f;
+  launch_after(kernel, dim3(d.split * d.share, token_blocks, (row_blocks + d.share - 1) / d.share), dim3(threads), smem,
+               d.split * d.share, stream, GemmArgs{p, factor, d.split});
+}
+
+}  // namespace fp4
