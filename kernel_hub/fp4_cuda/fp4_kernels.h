@@ -37,9 +37,11 @@ struct GemmProblem {
   int token_tile;
   int format;
   int operand;
-  // 0: chosen by the kernel. Other values are for measuring and tests. run_gemv: the variant, 1..3. Else the last two digits
+  // 0: all chosen here. Other values are for measuring and for tests.
+  // Up to 16 tokens (run_gemv): the variant, 1..3.
+  // More: hundreds are the kernel, 1..3 a variant of run_gemm_mma (17 to 64 tokens), 0 or 4 run_gemm_sm90. The last two digits
   // divide the work, 10 * share + split: split blocks divide K, share blocks of neighbouring rows (1, 2, 4 or 8; 0 is 1)
-  // fetch their tokens together; split * share is at most 8; 0: chosen by the kernel.
+  // fetch their tokens together; split * share is at most 8. 00: the division is chosen by its estimated time.
   int split;
 };
 
@@ -57,6 +59,7 @@ struct PrepareProblem {
 void run_expand_e4m3(const PrepareProblem& p, uint8_t* out, float* out_scale, cudaStream_t stream);
 void run_activation(const ActivationProblem& p, cudaStream_t stream);
 void run_gemv(const GemmProblem& p, cudaStream_t stream);
+void run_gemm_mma(const GemmProblem& p, cudaStream_t stream);
 void run_gemm_sm90(const GemmProblem& p, cudaStream_t stream);
 void run_prepare(const PrepareProblem& p, cudaStream_t stream);
 void run_restore(const PrepareProblem& p, uint8_t* weight, uint8_t* scale, cudaStream_t stream);
