@@ -43,8 +43,13 @@ SHAPES = [
     Shape(13, 528, 640),
     Shape(14, 16656, 320),
     Shape(16, 6144, 4096),
+    Shape(17, 80, 128),
     Shape(31, 272, 896),
+    Shape(32, 4112, 1152),
+    Shape(33, 208, 256),
+    Shape(48, 17024, 384),
     Shape(63, 1024, 2048),
+    Shape(64, 528, 640),
     Shape(65, 384, 1152),
     Shape(128, 2048, 1024),
     Shape(129, 336, 512),
@@ -72,3 +77,13 @@ LLAMA_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "d
 
 # Error of a result against FP32 may be at most twice eager's plus this, relative to the norm of the result.
 FLOORS = {"bfloat16": 1e-3, "float16": 2e-4}
+
+
+def variants(m: int) -> list[int]:
+    """Values of prepared_gemm's `split` that say which kernel runs m tokens and how it divides the work (see
+    GemmProblem::split in fp4_kernels.h). 0, its own choice, is left out."""
+    if m <= 16:
+        return [1, 2, 3]
+    divisions = [1, 2, 3, 4, 6, 8, 21, 22, 23, 24, 41, 42, 81]
+    kernels = [0, 100, 200, 300] if m <= 64 else [0]
+    return [kernel + division for kernel in kernels for division in divisions]

@@ -118,3 +118,15 @@ def random_weight(n: int, k: int, format: str, device, spread: int = 3):
 
 def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
     return ((y.double() - reference).norm() / reference.norm().clamp(min=1e-300)).item()
+
+
+def expected(x, weight, bias, mode, g, floor: float):
+    """The exact result (float64) and how far from it, relative to its norm, a kernel's may be: twice what eager 16-bit
+    with the same quantized operands (scaled into range) and the same bias is, plus `floor`."""
+    values, w = activation_values(x, mode, g), weight_values(*weight)
+    added = 0 if bias is None else bias.double()
+    exact = values @ w.T + added
+    operand = torch.bfloat16 if mode.activations == "fp4" else x.dtype
+    sw, sx = w.abs().amax(), values.abs().amax().clamp(min=1e-30)
+    eager = torch.nn.functional.linear((values / sx).to(operand), (w / sw).to(operand)).double() * (sw * sx)
+    return exact, 2 * relative_error((eager + added).to(x.dtype), exact) + floor

@@ -3,8 +3,7 @@
 import pytest
 import reference as ref
 import torch
-import torch.nn.functional as F
-from problems import FLOORS, MODES, SHAPES, Mode, Shape
+from problems import FLOORS, MODES, SHAPES, Mode, Shape, variants
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -30,22 +29,15 @@ def call(kernels, x, prepared, bias, mode, g):
 
 
 def check(y, x, weight, bias, mode, g):
-    values, w = ref.activation_values(x, mode, g), ref.weight_values(*weight)
-    exact = values @ w.T + (0 if bias is None else bias.double())
-    # Eager 16-bit with the same quantized operands (scaled into range), and the same bias.
-    operand = torch.bfloat16 if mode.activations == "fp4" else x.dtype
-    sw = w.abs().amax()
-    sx = values.abs().amax().clamp(min=1e-30)
-    eager = F.linear((values / sx).to(operand), (w / sw).to(operand)).double() * (sw * sx)
-    eager = (eager + (0 if bias is None else bias.double())).to(x.dtype)
-    error, limit = ref.relative_error(y, exact), 2 * ref.relative_error(eager, exact) + FLOORS[mode.dtype]
+    exact, limit = ref.expected(x, weight, bias, mode, g, FLOORS[mode.dtype])
+    error = ref.relative_error(y, exact)
     assert torch.isfinite(y).all()
     assert error <= limit, f"error {error:.2e}, limit {limit:.2e}"
     if (
         mode.activations == "fp4"
     ):  # must be nearer to the quantized tokens' result than to the unquantized one's
-        plain = ref.rotate(x, mode.hadamard).double() @ w.T + (0 if bias is None else bias.double())
-        assert error < ref.relative_error(y, plain)
+        plain = ref.rotate(x, mode.hadamard).double() @ ref.weight_values(*weight).T
+        assert error < ref.relative_error(y, plain + (0 if bias is None else bias.double()))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
@@ -104,7 +96,7 @@ def test_zero_tokens_and_zero_input(kernels, mode):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
-@pytest.mark.parametrize("m", [3, 8, 40, 200, 300])
+@pytest.mark.parametrize("m", [3, 8, 17, 31, 33, 64, 65, 200, 300])
 def test_rows_are_independent(kernels, mode, m):
     """A token's bits do not depend on the other tokens' contents, not even on NaN."""
     shape = Shape(m, 144, 640)
@@ -199,23 +191,70 @@ def test_ties_round_to_even(kernels):
         assert torch.equal(ref.unpack(codes).cpu().view(4, 16).long(), want.expand(4, -1))
 
 
+def product(kernels, tokens, prepared, bias, m, dtype, split):
+    operand = 0 if dtype == torch.bfloat16 else 1
+    return kernels._linear.ops.prepared_gemm(
+        tokens.tokens, tokens.token_scale, *prepared, bias, m, operand, dtype == torch.bfloat16, split
+    )
+
+
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "m, n, k", [(1, 28672, 4096), (7, 16656, 320), (16, 16640, 1152), (40, 640, 4096), (200, 384, 4096)]
+    "m, n, k",
+    [
+        (1, 28672, 4096),
+        (7, 16656, 320),
+        (16, 16640, 1152),
+        (17, 80, 64),
+        (17, 17024, 384),
+        (31, 1040, 704),
+        (32, 272, 4096),
+        (33, 528, 96),
+        (64, 656, 1856),
+        (64, 4096, 14336),
+        (65, 640, 4096),
+        (128, 1168, 576),
+        (200, 384, 4096),
+        (515, 336, 1024),
+    ],
 )
-@pytest.mark.parametrize("split", [1, 2, 3])
-def test_every_split_gives_the_result(kernels, format, m, n, k, split):
-    """The variants for few tokens and the divisions of K for more, also those that are not chosen for this shape."""
+def test_every_variant_gives_the_result(kernels, format, dtype, m, n, k):
+    """Every variant and division of the work, also those that are not chosen for this shape: right, the same bits twice,
+    and a token's bits do not depend on the other tokens."""
     if kernels.backend_of() != "cuda":
         pytest.skip("CUDA kernels only")
-    mode = Mode(format, "bf16", None)
+    mode = Mode(format, "bf16", None, dtype=dtype)
     x, weight, bias, g = make(Shape(m, n, k), mode)
-    packed, row_scale = kernels.prepare_weight(*weight)
-    tokens = kernels.prepare_activation(x, format=format, activations="bf16")
-    y = kernels._linear.ops.prepared_gemm(
-        tokens.tokens, tokens.token_scale, packed, row_scale, bias, m, 0, True, split
-    )
-    check(y, x, weight, bias, mode, g)
+    prepared = kernels.prepare_weight(*weight)
+    exact, limit = ref.expected(x, weight, bias, mode, g, FLOORS[dtype])
+    other = torch.full_like(x, float("nan"))
+    other[-1] = x[-1]
+    tokens, others = (
+        kernels.prepare_activation(v, format=format, activations="bf16") for v in (x, other)
+    )  # fmt: skip
+    failed = []
+    for split in variants(m):
+        y = product(kernels, tokens, prepared, bias, m, x.dtype, split)
+        error = ref.relative_error(y, exact)
+        if not error <= limit:
+            failed.append(f"{split}: error {error:.2e}, limit {limit:.2e}")
+        elif not torch.equal(y, product(kernels, tokens, prepared, bias, m, x.dtype, split)):
+            failed.append(f"{split}: two runs differ")
+        elif not torch.equal(y[-1], product(kernels, others, prepared, bias, m, x.dtype, split)[-1]):
+            failed.append(f"{split}: the last token depends on the others")
+    assert not failed
+
+
+def test_impossible_divisions_are_refused(kernels):
+    if kernels.backend_of() != "cuda":
+        pytest.skip("CUDA kernels only")
+    x, weight, bias, _ = make(Shape(40, 256, 512), Mode("nvfp4", "bf16", None))
+    prepared = kernels.prepare_weight(*weight)
+    tokens = kernels.prepare_activation(x, format="nvfp4", activations="bf16")
+    for split in (9, 20, 31, 28, 120):
+        with pytest.raises(RuntimeError, match="no such division"):
+            product(kernels, tokens, prepared, bias, 40, x.dtype, split)
 
 
 def test_shared_activation_equals_linear(kernels):
@@ -229,7 +268,7 @@ def test_shared_activation_equals_linear(kernels):
 
 
 @pytest.mark.parametrize("mode", [MODES[2], MODES[8], MODES[0]], ids=lambda m: m.id)
-@pytest.mark.parametrize("m", [1, 16, 200])
+@pytest.mark.parametrize("m", [1, 16, 20, 64, 200])
 def test_graph_and_streams(kernels, mode, m):
     x, weight, bias, g = make(Shape(m, 512, 1024), mode)
     prepared = kernels.prepare_weight(*weight)
