@@ -1,5 +1,8 @@
 // Rotate and quantize tokens. Memory-bound: each value is read once (twice with a per-token range) and written once.
 //
+// The product that follows may start before this kernel's own wait: until it has waited too, it reads only weights, and by
+// the end of this kernel everything before has ended as well.
+//
 // One thread holds 16 consecutive values of a token: one nvfp4 block, half an mxfp4 block, four butterflies of the
 // Hadamard transform; 8 neighbouring lanes hold 128 values, the longest transform. Outputs:
 //   tiled: what gemm_w4_sm90.cu reads, [token tiles, K/64, 8 chunks, tokens of a tile, 16 bytes]
@@ -233,8 +236,8 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
 // A warp takes 4 tokens x 128 values, so that tiled stores of a chunk are contiguous over tokens.
 template <typename T, Format F, Output O>
 __global__ void __launch_bounds__(128) activation_static_kernel(const ActivationArgs a) {
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const int lane = threadIdx.x & 31;
   const int k_blocks = (a.k_padded + 127) / 128;
   const int unit = blockIdx.x * 4 + threadIdx.x / 32;
@@ -251,8 +254,8 @@ __global__ void __launch_bounds__(128) activation_static_kernel(const Activation
 // One block per token: the first pass finds the token's largest rotated value, the second quantizes under it.
 template <typename T, Format F, Output O>
 __global__ void __launch_bounds__(512) activation_dynamic_kernel(const ActivationArgs a) {
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   __shared__ float warp_max[16];
   const int token = blockIdx.x;
   const T* x = static_cast<const T*>(a.x) + static_cast<int64_t>(token) * a.k;

@@ -69,15 +69,6 @@ __device__ __forceinline__ uint32_t pack_pair<__half>(float a, float b) {
   return *reinterpret_cast<uint32_t*>(&v);
 }
 
-// The end of a block waits for these: have them in L2 by then.
-template <int kRows>
-__device__ __forceinline__ void prefetch_row_data(const GemmProblem& p, int row_block) {
-  const int n = row_block * kRows + threadIdx.x * 8;
-  if (threadIdx.x >= kRows / 8 || n >= p.n) return;
-  prefetch_l2(p.row_scale + n);
-  if (p.bias != nullptr) prefetch_l2(static_cast<const uint16_t*>(p.bias) + n);
-}
-
 // Each of the blocks that divided K adds up and writes its share of the tokens x rows, 8 rows at a time. `reduce` is where
 // every one of them has its own sums, float32 [kTokens][kRows + 4].
 template <int kTokens, int kRows, int kThreads, typename Out>

@@ -133,7 +133,7 @@ __device__ __forceinline__ void consume(const GemmArgs& args, const ClusterPlace
   // Weights never depend on the kernel before: fetch them while it still runs.
 #pragma unroll
   for (int u = 0; u < S::kAhead; ++u) weights.fetch(u, u * S::kDepthWarps + depth);
-  prefetch_row_data<S::kRows>(p, place.row_block);
+  prefetch_row_data<S::kRows>(p.row_scale, p.bias, place.row_block * S::kRows, p.n);
   if (gridDim.x > 1) cluster_wait();
 
   float acc[kSlices][S::kColumns][4] = {};

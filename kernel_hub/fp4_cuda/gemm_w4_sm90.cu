@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, Shape<kTokens>::kBlo
     if (threadIdx.x == kConsumers) producer.run();
   } else {
     if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-    prefetch_row_data<kRows>(p, place.row_block);
+    prefetch_row_data<kRows>(p.row_scale, p.bias, place.row_block * kRows, p.n);
     if (clustered) cluster_wait();
     float acc[kTokens / 2];
 #pragma unroll

@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(S::kWarps * 32) gemv_w4_kernel(const __grid_co
   int slice = blockIdx.x * S::kSlices;
 #pragma unroll
   for (int u = 0; u < S::kAhead; ++u) fetch(u, slice, u);
+  prefetch_row_data<S::kRows>(p.row_scale, p.bias, slice * 16, p.n);
   grid_dependency_wait();
   TokenRing<S> ring{smem_address(shared) + S::kPartialBytes + warp * S::kRing * S::kTokenBytes,
                     static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(first) * S::kTokenBytes,

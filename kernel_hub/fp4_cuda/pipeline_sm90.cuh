@@ -101,7 +101,14 @@ __device__ __forceinline__ float4 load_cluster(uint32_t local, uint32_t rank) {
   return v;
 }
 
-__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// What the end of a block with the rows n0..n0+kRows-1 waits for: have it in L2 by then.
+template <int kRows>
+__device__ __forceinline__ void prefetch_row_data(const float* row_scale, const void* bias, int n0, int n) {
+  const int row = n0 + threadIdx.x * 8;
+  if (threadIdx.x >= kRows / 8 || row >= n) return;
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(row_scale + row));
+  if (bias != nullptr) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint16_t*>(bias) + row));
+}
 
 // Programmatic dependent launch: wait for everything before this kernel; let the next kernel start its prologue.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
