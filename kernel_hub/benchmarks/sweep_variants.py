@@ -3,7 +3,7 @@
     python benchmarks/sweep_variants.py [--m 1 64] [--json out.json]
 
 Whole linears (rotation, activation quantization, product) in CUDA graphs with cold weights, like benchmark_linear.py; one
-line per problem: `linear` (the released choice), then the variants, fastest first. A variant whose result is wrong, or
+line per problem: `linear` (the released choice; for one or two tokens a single kernel), then the variants, fastest first. A variant whose result is wrong, or
 differs between two runs, or that raises, is FAILED and not timed. The work is done by a second process, so that a variant
 that hangs or breaks the CUDA context costs a restart and not the sweep.
 """
@@ -230,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--m", type=int, nargs="+", default=[64, 1, 128, 16, 32, 17, 8, 96])
+    parser.add_argument("--m", type=int, nargs="+", default=[64, 1, 128, 16, 32, 2, 17, 8, 96])
     parser.add_argument(
         "--seconds", type=float, default=150, help="no new variant is started after this long"
     )

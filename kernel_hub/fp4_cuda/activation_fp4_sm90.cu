@@ -10,131 +10,12 @@
 //     so that shared memory is read without bank conflicts
 //   rows: E4M3 [M, K] for the library's FP8 product
 //   packed: uint8 codes [M, K/2] and row-major scales, the bytes of a checkpoint's activations
-#include "fp4_format.cuh"
+#include "activation_fp4.cuh"
 #include "fp4_kernels.h"
 #include "pipeline_sm90.cuh"
 
 namespace fp4 {
 namespace {
-
-constexpr int kValues = 16;
-constexpr int kLanesPerBlock = 8;  // 128 values
-
-struct Chunk {
-  float v[kValues];
-};
-
-template <typename T>
-__device__ __forceinline__ Chunk load_chunk(const T* x, bool valid) {
-  Chunk c;
-  if (!valid) {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) c.v[i] = 0.0f;
-    return c;
-  }
-  const uint4* p = reinterpret_cast<const uint4*>(x);
-  uint4 raw[2] = {__ldg(p), __ldg(p + 1)};
-  const T* t = reinterpret_cast<const T*>(raw);
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) c.v[i] = static_cast<float>(t[i]);
-  return c;
-}
-
-// Fast Walsh-Hadamard transform, natural order: 16 in registers, 32..128 across lanes; then the factor 1/sqrt(size).
-__device__ __forceinline__ void rotate(Chunk& c, int size) {
-  if (size < 16) return;
-#pragma unroll
-  for (int h = 1; h < 16; h *= 2) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      if ((i & h) == 0) {
-        const float a = c.v[i], b = c.v[i + h];
-        c.v[i] = a + b;
-        c.v[i + h] = a - b;
-      }
-    }
-  }
-  const int lane = threadIdx.x & 31;
-  for (int h = 1; h * 16 < size; h *= 2) {
-    const bool upper = lane & h;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float other = __shfl_xor_sync(0xFFFFFFFFu, c.v[i], h);
-      c.v[i] = upper ? other - c.v[i] : c.v[i] + other;
-    }
-  }
-  const float norm = size == 16 ? 0.25f : size == 32 ? 0.17677669529663687f : size == 64 ? 0.125f : 0.08838834764831845f;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) c.v[i] *= norm;
-}
-
-__device__ __forceinline__ float amax_of(const Chunk& c) {
-  float m = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) m = fmaxf(m, fabsf(c.v[i]));
-  return m;
-}
-
-// Rounds to q (on the E2M1 grid) under x * inverse; returns the squared error of q * step against x.
-__device__ __forceinline__ float round_block(const Chunk& c, float inverse, float step, Chunk& q) {
-  float error = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    q.v[i] = round_e2m1(c.v[i] * inverse);
-    const float d = fmaf(-q.v[i], step, c.v[i]);
-    error = fmaf(d, d, error);
-  }
-  return error;
-}
-
-// nvfp4 block: returns the E4M3 scale byte; q holds grid values.
-__device__ __forceinline__ uint32_t quantize_nvfp4(const Chunk& c, float global, ScaleRule rule, Chunk& q) {
-  const float amax = amax_of(c);
-  uint32_t byte = encode_block_scale(__fdiv_rn(amax, 6.0f) * global);
-  float s = e4m3_to_float(byte);
-  const float error6 = round_block(c, __fdiv_rn(global, s), __fdiv_rn(s, global), q);
-  if (rule == ScaleRule::kFourOverSix) {
-    Chunk q4;
-    const uint32_t byte4 = encode_block_scale(__fdiv_rn(amax, 4.0f) * global);
-    s = e4m3_to_float(byte4);
-    const float error4 = round_block(c, __fdiv_rn(global, s), __fdiv_rn(s, global), q4);
-    if (error4 < error6) {
-      byte = byte4;
-      q = q4;
-    }
-  }
-  return byte;
-}
-
-// A token's divisor: the power of two that takes its largest value to at most 256 * 6, so that multiplying by it is exact.
-__device__ __forceinline__ float token_range(float amax) {
-  const float ratio = __fdiv_rn(1536.0f, fmaxf(amax, 0x1p-100f));
-  const int exponent = min(max(static_cast<int>(__float_as_uint(ratio) >> 23) - 127, -100), 100);
-  return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
-}
-
-__device__ __forceinline__ int exponent_of_block(float amax) {
-  return max(static_cast<int>(__float_as_uint(amax) >> 23) - 129, -127);
-}
-
-// mxfp4 block, shared by lanes l and l ^ 1: returns the exponent; q holds grid values.
-__device__ __forceinline__ int quantize_mxfp4(const Chunk& c, ScaleRule rule, Chunk& q) {
-  float amax = amax_of(c);
-  amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 1));
-  int e = exponent_of_block(amax);
-  float error = round_block(c, exp2_int(-e), exp2_int(e), q);
-  if (rule == ScaleRule::kMse) {
-    Chunk q1;
-    float error1 = round_block(c, exp2_int(-e - 1), exp2_int(e + 1), q1);
-    error += __shfl_xor_sync(0xFFFFFFFFu, error, 1);
-    error1 += __shfl_xor_sync(0xFFFFFFFFu, error1, 1);
-    if (error1 < error) {
-      e += 1;
-      q = q1;
-    }
-  }
-  return e;
-}
 
 struct ActivationArgs {
   const void* x;
@@ -149,30 +30,13 @@ struct ActivationArgs {
   bool natural;
 };
 
-__device__ __forceinline__ uint32_t pack16(float a, float b, __nv_bfloat16) {
-  __nv_bfloat162 p = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<uint32_t*>(&p);
-}
-__device__ __forceinline__ uint32_t pack16(float a, float b, __half) {
-  __half2 p = __floats2half2_rn(a, b);
-  return *reinterpret_cast<uint32_t*>(&p);
-}
-
 // 16-bit tiles: chunk 2j holds values 4j, 4j+1 of each of the four lanes of a 64-block, chunk 2j+1 values 4j+2, 4j+3.
 template <typename T>
 __device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
   const int tile = token / a.token_tile, row = token % a.token_tile;
   const int64_t block = static_cast<int64_t>(tile) * (a.k_padded / 64) + k0 / 64;
   if (a.natural) {
-    uint4* natural = reinterpret_cast<uint4*>(a.out) + (block * a.token_tile + row) * 8 + (k0 / 16) % 4;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      uint32_t w[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) w[i] = pack16(q.v[8 * h + 2 * i] * s, q.v[8 * h + 2 * i + 1] * s, T());
-      natural[(h ^ (row & 1)) * 4] = make_uint4(w[0], w[1], w[2], w[3]);
-    }
-    return;
+    return store_natural<T>(reinterpret_cast<uint4*>(a.out) + block * a.token_tile * 8, row, k0, q, s);
   }
   uint32_t* out = reinterpret_cast<uint32_t*>(a.out) + block * (a.token_tile * 32) + row * 4 + (k0 / 16) % 4;
 #pragma unroll

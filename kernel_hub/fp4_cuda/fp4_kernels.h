@@ -45,6 +45,15 @@ struct GemmProblem {
   int split;
 };
 
+// Tokens that run_gemv_fused rotates and quantizes itself. GemmProblem's x and token_scale are not used then.
+struct FusedTokens {
+  const void* x;        // output dtype [M, K]
+  const float* global;  // float32 [1], divisor, or null: 1
+  int k;
+  int hadamard, rule;
+  bool quantize;        // false: rotate only
+};
+
 struct PrepareProblem {
   const uint8_t* weight;  // uint8 [N, K/2]
   const uint8_t* scale;   // E4M3 [N, K/16] or E8M0 [N, K/32]
@@ -59,6 +68,8 @@ struct PrepareProblem {
 void run_expand_e4m3(const PrepareProblem& p, uint8_t* out, float* out_scale, cudaStream_t stream);
 void run_activation(const ActivationProblem& p, cudaStream_t stream);
 void run_gemv(const GemmProblem& p, cudaStream_t stream);
+// The same bits as run_activation and run_gemv, for up to 8 tokens that fit in a block's shared memory.
+void run_gemv_fused(const GemmProblem& p, const FusedTokens& tokens, cudaStream_t stream);
 void run_gemm_mma(const GemmProblem& p, cudaStream_t stream);
 void run_gemm_sm90(const GemmProblem& p, cudaStream_t stream);
 void run_prepare(const PrepareProblem& p, cudaStream_t stream);

@@ -4,6 +4,11 @@
 // second pass and no cluster is needed. A warp streams prepared tiles straight into registers (one 16-byte load a lane is
 // 16 rows x 64 k), several tiles ahead and before the activation kernel has ended; mma.sync m16n8k16 multiplies, with the
 // weights as A and the tokens as its 8 columns, which costs the same for 1 token as for 8.
+//
+// For one or two tokens a launch costs more than rotating and quantizing them again in every block: run_gemv_fused does.
+#include <type_traits>
+
+#include "activation_fp4.cuh"
 #include "expand_fp4.cuh"
 #include "fp4_kernels.h"
 #include "mma_sm80.cuh"
@@ -15,6 +20,7 @@ namespace {
 struct GemvArgs {
   GemmProblem p;
   float factor;
+  FusedTokens fused;
 };
 
 __device__ __forceinline__ void copy_async16(uint32_t dst, const void* src) {
@@ -81,8 +87,47 @@ struct TokenRing {
   }
 };
 
+// All of K of a few tokens, which this block has prepared itself; tiles of `bytes`.
+struct ResidentTokens {
+  uint32_t base;
+  int bytes, steps;
+  int slot = 0;
+  __device__ __forceinline__ uint32_t next() {
+    const uint32_t address = base + slot * bytes;
+    slot = slot + 1 == steps ? 0 : slot + 1;
+    return address;
+  }
+};
+
+// What activation_static_kernel does, into this block's shared memory, [K/64, m tokens, 128 bytes].
+template <Operand kOperand, Format kFormat>
+__device__ __forceinline__ void prepare_tokens(const GemvArgs& args, float global, uint4* out) {
+  using Token = std::conditional_t<kOperand == Operand::kBf16, __nv_bfloat16, __half>;
+  const GemmProblem& p = args.p;
+  const FusedTokens& f = args.fused;
+  const int chunks = (p.k_tiles + 1) / 2 * kLanesPerBlock;  // of a token
+  for (int base = 0; base < p.m * chunks; base += blockDim.x) {
+    const int token = (base + threadIdx.x) / chunks, k0 = (base + threadIdx.x) % chunks * kValues;
+    const bool valid = token < p.m && k0 < f.k;
+    const int64_t at = static_cast<int64_t>(token) * f.k + k0;
+    Chunk c = p.out_is_bf16 ? load_chunk(static_cast<const __nv_bfloat16*>(f.x) + at, valid)
+                            : load_chunk(static_cast<const __half*>(f.x) + at, valid);
+    rotate(c, f.hadamard);
+    float s = 1.0f;
+    if (kOperand == Operand::kBf16 && f.quantize) {
+      Chunk q;
+      const ScaleRule rule = static_cast<ScaleRule>(f.rule);
+      if constexpr (kFormat == Format::kNvfp4) s = e4m3_to_float(quantize_nvfp4(c, global, rule, q));
+      else s = exp2_int(quantize_mxfp4(c, rule, q));
+      c = q;
+    }
+    if (token < p.m && k0 < p.k_tiles * 64) store_natural<Token>(out + k0 / 64 * p.m * 8, token, k0, c, s);
+  }
+  __syncthreads();
+}
+
 template <class S>
-__device__ __forceinline__ void write_outputs(const GemvArgs& args, const float* partial, int n0) {
+__device__ __forceinline__ void write_outputs(const GemvArgs& args, const float* partial, int n0, float common_scale) {
   const GemmProblem& p = args.p;
   for (int e = threadIdx.x; e < S::kTokens * S::kRows; e += S::kWarps * 32) {
     const int m = e / S::kRows, row = e % S::kRows, n = n0 + row;
@@ -90,7 +135,7 @@ __device__ __forceinline__ void write_outputs(const GemvArgs& args, const float*
     float v = 0.0f;
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) v += partial[(w * S::kTokens + m) * (S::kRows + 4) + row];
-    const float token_scale = p.token_scale != nullptr ? p.token_scale[m * p.token_scale_stride] : 1.0f;
+    const float token_scale = p.token_scale != nullptr ? p.token_scale[m * p.token_scale_stride] : common_scale;
     v *= (p.row_scale[n] * args.factor) * token_scale;
     const int64_t out = static_cast<int64_t>(m) * p.n + n;
     if (p.out_is_bf16) {
@@ -103,8 +148,8 @@ __device__ __forceinline__ void write_outputs(const GemvArgs& args, const float*
   }
 }
 
-template <Operand kOperand, Format kFormat, class S>
-__global__ void __launch_bounds__(S::kWarps * 32) gemv_w4_kernel(const __grid_constant__ GemvArgs args) {
+template <Operand kOperand, Format kFormat, class S, bool kFused>
+__global__ void __launch_bounds__(S::kWarps * 32, 16 / S::kWarps) gemv_w4_kernel(const __grid_constant__ GemvArgs args) {
   constexpr int kTileBytes = tile_bytes(kFormat);
   extern __shared__ __align__(16) uint8_t shared[];
   float* partial = reinterpret_cast<float*>(shared);
@@ -133,11 +178,24 @@ __global__ void __launch_bounds__(S::kWarps * 32) gemv_w4_kernel(const __grid_co
   for (int u = 0; u < S::kAhead; ++u) fetch(u, slice, u);
   prefetch_row_data<S::kRows>(p.row_scale, p.bias, slice * 16, p.n);
   grid_dependency_wait();
-  TokenRing<S> ring{smem_address(shared) + S::kPartialBytes + warp * S::kRing * S::kTokenBytes,
-                    static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(first) * S::kTokenBytes,
-                    p.m * 8, count, steps, steps <= S::kRing};
-  ring.begin();
-  const uint32_t lane_tokens = g * 128 + (g & 1) * 64 + t * 16;
+  float common_scale = 1.0f;  // of all tokens
+  auto ring = [&] {
+    if constexpr (kFused) {
+      const float global = args.fused.global != nullptr ? *args.fused.global : 1.0f;
+      common_scale = __fdiv_rn(1.0f, global);
+      prepare_tokens<kOperand, kFormat>(args, global, reinterpret_cast<uint4*>(shared + S::kPartialBytes));
+      const int bytes = p.m * 128;
+      return ResidentTokens{smem_address(shared) + S::kPartialBytes + first * bytes, bytes, steps};
+    } else {
+      TokenRing<S> tokens{smem_address(shared) + S::kPartialBytes + warp * S::kRing * S::kTokenBytes,
+                          static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(first) * S::kTokenBytes,
+                          p.m * 8, count, steps, steps <= S::kRing};
+      tokens.begin();
+      return tokens;
+    }
+  }();
+  const int token = kFused ? min(g, p.m - 1) : g;  // of this lane; results of a token past the last are dropped
+  const uint32_t lane_tokens = token * 128 + (token & 1) * 64 + t * 16;
 
   for (; slice < slices; slice += gridDim.x * S::kSlices) {
     float acc[S::kSlices][S::kColumns][4] = {};
@@ -175,7 +233,7 @@ __global__ void __launch_bounds__(S::kWarps * 32) gemv_w4_kernel(const __grid_co
         for (int i = 0; i < 4; ++i)
           partial[(warp * S::kTokens + 8 * c + 2 * t + i % 2) * (S::kRows + 4) + 16 * r + g + i / 2 * 8] = acc[r][c][i];
     __syncthreads();
-    write_outputs<S>(args, partial, slice * 16);
+    write_outputs<S>(args, partial, slice * 16, common_scale);
     if (slice + gridDim.x * S::kSlices < slices) __syncthreads();
   }
 }
@@ -183,48 +241,71 @@ __global__ void __launch_bounds__(S::kWarps * 32) gemv_w4_kernel(const __grid_co
 // Blocks that stay for several units (slices of a block's rows), or one block per unit.
 enum class Grid { kUnits, kResident };
 
-template <Operand kOperand, Format kFormat, class S>
-void launch(const GemmProblem& p, cudaStream_t stream, Grid grid = Grid::kUnits) {
-  const auto kernel = gemv_w4_kernel<kOperand, kFormat, S>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSmem), "shared memory");
+template <Operand kOperand, Format kFormat, class S, bool kFused>
+void launch(const GemmProblem& p, const FusedTokens& fused, cudaStream_t stream, Grid grid = Grid::kUnits) {
+  const auto kernel = gemv_w4_kernel<kOperand, kFormat, S, kFused>;
+  const int smem = kFused ? S::kPartialBytes + p.k_tiles * p.m * 128 : S::kSmem;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem), "shared memory");
   const float factor = kOperand == Operand::kFp16 && kFormat == Format::kMxfp4 ? 0.5f : 1.0f;
   int blocks = ((p.n + 15) / 16 + S::kSlices - 1) / S::kSlices;
   if (grid == Grid::kResident) {
     int device = 0, sms = 0, per_sm = 0;
     check_cuda(cudaGetDevice(&device), "cudaGetDevice");
     check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, S::kWarps * 32, S::kSmem), "occupancy");
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, S::kWarps * 32, smem), "occupancy");
     const int rounds = (blocks + sms * per_sm - 1) / (sms * per_sm);
     blocks = (blocks + rounds - 1) / rounds;
   }
-  launch_after(kernel, dim3(blocks), dim3(S::kWarps * 32), S::kSmem, 1, stream, GemvArgs{p, factor});
+  launch_after(kernel, dim3(blocks), dim3(S::kWarps * 32), smem, 1, stream, GemvArgs{p, factor, fused});
+}
+
+// Measured on an H100: few rows need 16 warps a block to fill the GPU, unless that leaves a second, partly filled round;
+// many rows are read fastest by blocks of 64 rows that stay.
+int variant_of(const GemmProblem& p) {
+  const int slices = (p.n + 15) / 16;
+  return p.split > 0 ? p.split : slices > 8 * 132 ? 3 : slices > 2 * 132 ? 2 : 1;
+}
+
+template <Operand kOperand, Format kFormat, bool kFused>
+void dispatch_8(const GemmProblem& p, const FusedTokens& fused, cudaStream_t stream) {
+  switch (variant_of(p)) {
+    case 3: return launch<kOperand, kFormat, GemvShape<1, 4, 8, 2, 8>, kFused>(p, fused, stream, Grid::kResident);
+    case 2: return launch<kOperand, kFormat, GemvShape<1, 2, 8, 4, 8>, kFused>(p, fused, stream);
+    default: return launch<kOperand, kFormat, GemvShape<1, 2, 16, 2, 4>, kFused>(p, fused, stream);
+  }
 }
 
 template <Operand kOperand, Format kFormat>
-void dispatch(const GemmProblem& p, cudaStream_t stream) {
-  // Measured on an H100: few rows need 16 warps a block to fill the GPU, unless that leaves a second, partly filled round;
-  // many rows are read fastest by blocks of 64 rows that stay.
-  const int slices = (p.n + 15) / 16;
-  const int variant = p.split > 0 ? p.split : slices > 8 * 132 ? 3 : slices > 2 * 132 ? 2 : 1;
-  if (p.token_tile == 8) {
-    if (variant == 3) return launch<kOperand, kFormat, GemvShape<1, 4, 8, 2, 8>>(p, stream, Grid::kResident);
-    if (variant == 2) return launch<kOperand, kFormat, GemvShape<1, 2, 8, 4, 8>>(p, stream);
-    return launch<kOperand, kFormat, GemvShape<1, 2, 16, 2, 4>>(p, stream);
+void dispatch_16(const GemmProblem& p, cudaStream_t stream) {
+  switch (variant_of(p)) {
+    case 3: return launch<kOperand, kFormat, GemvShape<2, 4, 8, 2, 4>, false>(p, {}, stream, Grid::kResident);
+    case 2: return launch<kOperand, kFormat, GemvShape<2, 2, 8, 4, 4>, false>(p, {}, stream);
+    default: return launch<kOperand, kFormat, GemvShape<2, 2, 16, 2, 4>, false>(p, {}, stream);
   }
-  if (variant == 3) return launch<kOperand, kFormat, GemvShape<2, 4, 8, 2, 4>>(p, stream, Grid::kResident);
-  if (variant == 2) return launch<kOperand, kFormat, GemvShape<2, 2, 8, 4, 4>>(p, stream);
-  return launch<kOperand, kFormat, GemvShape<2, 2, 16, 2, 4>>(p, stream);
+}
+
+template <Operand kOperand, Format kFormat>
+void dispatch(const GemmProblem& p, const FusedTokens* fused, cudaStream_t stream) {
+  if (fused != nullptr) return dispatch_8<kOperand, kFormat, true>(p, *fused, stream);
+  if (p.token_tile == 8) return dispatch_8<kOperand, kFormat, false>(p, {}, stream);
+  dispatch_16<kOperand, kFormat>(p, stream);
+}
+
+void run(const GemmProblem& p, const FusedTokens* fused, cudaStream_t stream) {
+  if (p.m == 0) return;
+  const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
+  if (p.operand == static_cast<int>(Operand::kBf16)) {
+    return nvfp4 ? dispatch<Operand::kBf16, Format::kNvfp4>(p, fused, stream)
+                 : dispatch<Operand::kBf16, Format::kMxfp4>(p, fused, stream);
+  }
+  return nvfp4 ? dispatch<Operand::kFp16, Format::kNvfp4>(p, fused, stream)
+               : dispatch<Operand::kFp16, Format::kMxfp4>(p, fused, stream);
 }
 
 }  // namespace
 
-void run_gemv(const GemmProblem& p, cudaStream_t stream) {
-  if (p.m == 0) return;
-  const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
-  if (p.operand == static_cast<int>(Operand::kBf16)) {
-    return nvfp4 ? dispatch<Operand::kBf16, Format::kNvfp4>(p, stream) : dispatch<Operand::kBf16, Format::kMxfp4>(p, stream);
-  }
-  return nvfp4 ? dispatch<Operand::kFp16, Format::kNvfp4>(p, stream) : dispatch<Operand::kFp16, Format::kMxfp4>(p, stream);
-}
+void run_gemv(const GemmProblem& p, cudaStream_t stream) { run(p, nullptr, stream); }
+
+void run_gemv_fused(const GemmProblem& p, const FusedTokens& tokens, cudaStream_t stream) { run(p, &tokens, stream); }
 
 }  // namespace fp4

@@ -36,6 +36,8 @@ class Mode:
 SHAPES = [
     Shape(1, 256, 256),
     Shape(1, 4096, 4096),
+    Shape(2, 528, 96),
+    Shape(2, 17024, 640),
     Shape(3, 208, 384),
     Shape(7, 1040, 1152),
     Shape(8, 128, 14336),

@@ -246,6 +246,21 @@ def test_every_variant_gives_the_result(kernels, format, dtype, m, n, k):
     assert not failed
 
 
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+@pytest.mark.parametrize("m, n, k", [(1, 272, 1152), (2, 4096, 14336), (2, 17024, 128), (1, 6144, 384)])
+def test_fused_equals_two_kernels(kernels, mode, m, n, k):
+    """One or two tokens are rotated and quantized inside the product: the same bits as by the kernel for it."""
+    if kernels.backend_of() != "cuda":
+        pytest.skip("CUDA kernels only")
+    x, weight, bias, g = make(Shape(m, n, k), mode)
+    prepared = kernels.prepare_weight(*weight)
+    tokens = kernels.prepare_activation(
+        x, format=mode.format, activations=mode.activations, hadamard=mode.hadamard, rule=mode.rule,
+        input_global_scale=g, fp8=mode.fp8,
+    )  # fmt: skip
+    assert torch.equal(kernels.gemm(tokens, *prepared, bias), call(kernels, x, prepared, bias, mode, g))
+
+
 def test_impossible_divisions_are_refused(kernels):
     if kernels.backend_of() != "cuda":
         pytest.skip("CUDA kernels only")

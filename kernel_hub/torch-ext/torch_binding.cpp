@@ -105,12 +105,44 @@ fp4::PrepareProblem prepare_problem(const Tensor& packed, const Tensor& row_scal
   return p;
 }
 
+void check_operand(const fp4::ActivationProblem& p, int64_t operand, bool quantize) {
+  STD_TORCH_CHECK(operand != kE4m3 || (quantize && p.format == kMxfp4), "E4M3 operands are for mxfp4 W4A4 only");
+  STD_TORCH_CHECK(quantize ? operand != kFp16 : (operand == kBf16) == p.x_is_bf16,
+                  "operand must be bf16 or E4M3 for W4A4, and the dtype of x for W4A16");
+}
+
+ScalarType output_type(bool out_is_bf16) { return out_is_bf16 ? ScalarType::BFloat16 : ScalarType::Half; }
+
+// Everything but the tokens and the output.
+fp4::GemmProblem gemm_problem(const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias, int64_t m,
+                              int64_t operand, bool out_is_bf16) {
+  const int64_t n = row_scale.numel();
+  STD_TORCH_CHECK(div_up(n, 64) == packed.size(0) && n % 16 == 0, "row_scale does not belong to this prepared weight");
+  STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == n && bias->scalar_type() == output_type(out_is_bf16) && bias->is_contiguous()),
+                  "bias must be contiguous [N] of the output dtype");
+  fp4::GemmProblem p = {};
+  p.weight = static_cast<const uint8_t*>(packed.data_ptr());
+  p.row_scale = static_cast<const float*>(row_scale.data_ptr());
+  p.bias = data_or_null(bias);
+  p.out_is_bf16 = out_is_bf16;
+  p.m = static_cast<int>(m);
+  p.n = static_cast<int>(n);
+  p.k_tiles = static_cast<int>(packed.size(1));
+  p.token_tile = static_cast<int>(token_tile(m));
+  p.format = static_cast<int>(format_of(packed));
+  p.operand = static_cast<int>(operand);
+  return p;
+}
+
 // The kernel for 17 to 64 tokens, or wgmma? mma.sync has 60 % of wgmma's rate but starts and ends sooner: it is for few
 // tokens and for weights that are read in a few microseconds.
 bool few_enough_for_mma(const fp4::GemmProblem& p) {
   if (p.split > 0) return p.split / 100 >= 1 && p.split / 100 <= 3;
   return p.m <= 32 || (p.m <= 64 && static_cast<int64_t>(p.n) * p.k_tiles <= 6144 * 64);
 }
+
+// Up to so many tokens and bytes of 16-bit tokens, each block of the product rotates and quantizes them itself.
+constexpr int64_t kFusedTokens = 2, kFusedBytes = 128 << 10;
 
 void run_gemm(const fp4::GemmProblem& p, cudaStream_t stream) {
   if (p.m <= kGemvTokens) return fp4::run_gemv(p, stream);
@@ -177,9 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> rotate_quantize(const Tensor& x, const std::o
 std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
                                               int64_t operand, bool quantize, int64_t hadamard, int64_t rule) {
   fp4::ActivationProblem p = activation_problem(x, global, format, hadamard, rule);
-  STD_TORCH_CHECK(operand != kE4m3 || (quantize && format == kMxfp4), "E4M3 operands are for mxfp4 W4A4 only");
-  STD_TORCH_CHECK(quantize ? operand != kFp16 : (operand == kBf16) == p.x_is_bf16,
-                  "operand must be bf16 or E4M3 for W4A4, and the dtype of x for W4A16");
+  check_operand(p, operand, quantize);
   const DeviceGuard guard(x.get_device_index());
   operand = operand_for(p.m, operand, p.x_is_bf16);
   const bool library = operand == kE4m3;
@@ -223,38 +253,39 @@ static Tensor library_gemm(const Tensor& tokens, const Tensor& token_scale, cons
 
 Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
                      const std::optional<Tensor>& bias, int64_t m, int64_t operand, bool out_is_bf16, int64_t split) {
-  const int64_t format = format_of(packed), n = row_scale.numel(), k_tiles = packed.size(1);
+  const int64_t format = format_of(packed), k_tiles = packed.size(1);
   operand = operand_for(m, operand, out_is_bf16);
   const bool library = operand == kE4m3;
   const int64_t tile = token_tile(m);
-  const ScalarType dtype = out_is_bf16 ? ScalarType::BFloat16 : ScalarType::Half;
   STD_TORCH_CHECK(library ? div_up(tokens.numel() / m, 64) == k_tiles
                           : tokens.numel() == div_up(m, tile) * tile * k_tiles * 128,
                   "tokens were prepared for another shape or operand type");
   STD_TORCH_CHECK(operand != kE4m3 || format == kMxfp4, "E4M3 operands are for mxfp4 weights");
-  STD_TORCH_CHECK(div_up(n, 64) == packed.size(0) && n % 16 == 0, "row_scale does not belong to this prepared weight");
-  STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == n && bias->scalar_type() == dtype && bias->is_contiguous()),
-                  "bias must be contiguous [N] of the output dtype");
+  fp4::GemmProblem p = gemm_problem(packed, row_scale, bias, m, operand, out_is_bf16);
   const DeviceGuard guard(tokens.get_device_index());
   if (library) return library_gemm(tokens, token_scale, packed, row_scale, bias, m);
-  Tensor out = new_tensor(tokens, {m, n}, dtype);
-  fp4::GemmProblem p = {};
-  p.weight = static_cast<const uint8_t*>(packed.data_ptr());
-  p.row_scale = static_cast<const float*>(row_scale.data_ptr());
+  Tensor out = new_tensor(tokens, {m, p.n}, output_type(out_is_bf16));
+  p.out = out.data_ptr();
   p.x = tokens.data_ptr();
   p.token_scale = token_scale.numel() > 0 ? static_cast<const float*>(token_scale.data_ptr()) : nullptr;
   p.token_scale_stride = token_scale.numel() > 1 ? 1 : 0;
-  p.bias = data_or_null(bias);
-  p.out = out.data_ptr();
-  p.out_is_bf16 = out_is_bf16;
-  p.m = static_cast<int>(m);
-  p.n = static_cast<int>(n);
-  p.k_tiles = static_cast<int>(k_tiles);
-  p.token_tile = static_cast<int>(tile);
-  p.format = static_cast<int>(format);
-  p.operand = static_cast<int>(operand);
   p.split = static_cast<int>(split);
   run_gemm(p, current_stream(tokens));
+  return out;
+}
+
+static Tensor fused_linear(const Tensor& x, const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
+                           const std::optional<Tensor>& global, int64_t operand, bool quantize, int64_t hadamard,
+                           int64_t rule) {
+  const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16;
+  const fp4::ActivationProblem a = activation_problem(x, global, format_of(packed), hadamard, rule);
+  check_operand(a, operand, quantize);
+  operand = operand_for(a.m, operand, out_is_bf16);
+  const DeviceGuard guard(x.get_device_index());
+  fp4::GemmProblem p = gemm_problem(packed, row_scale, bias, a.m, operand, out_is_bf16);
+  Tensor out = new_tensor(x, {p.m, p.n}, x.scalar_type());
+  p.out = out.data_ptr();
+  fp4::run_gemv_fused(p, {a.x, quantize ? a.global : nullptr, a.k, a.hadamard, a.rule, quantize}, current_stream(x));
   return out;
 }
 
@@ -262,6 +293,10 @@ Tensor prepared_linear(const Tensor& x, const Tensor& packed, const Tensor& row_
                        const std::optional<Tensor>& global, int64_t operand, bool quantize, int64_t hadamard,
                        int64_t rule) {
   STD_TORCH_CHECK(div_up(x.size(-1), 64) == packed.size(1), "x has ", x.size(-1), " features, the weight does not");
+  const bool per_token = quantize && format_of(packed) == kNvfp4 && !global.has_value();  // needs all of a token first
+  if (tokens_of(x) <= kFusedTokens && !per_token && tokens_of(x) * packed.size(1) * 128 <= kFusedBytes) {
+    return fused_linear(x, packed, row_scale, bias, global, operand, quantize, hadamard, rule);
+  }
   auto [tokens, token_scale] = prepare_activation(x, global, format_of(packed), operand, quantize, hadamard, rule);
   return prepared_gemm(tokens, token_scale, packed, row_scale, bias, tokens_of(x), operand,
                        x.scalar_type() == ScalarType::BFloat16, 0);
