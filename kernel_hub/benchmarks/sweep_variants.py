@@ -3,9 +3,9 @@
     python benchmarks/sweep_variants.py [--m 1 64] [--json out.json]
 
 Whole linears (rotation, activation quantization, product) in CUDA graphs with cold weights, like benchmark_linear.py; one
-line per problem: `linear` (the released choice; for one or two tokens a single kernel), then the variants, fastest first. A variant whose result is wrong, or
-differs between two runs, or that raises, is FAILED and not timed. The work is done by a second process, so that a variant
-that hangs or breaks the CUDA context costs a restart and not the sweep.
+line per problem: `linear` (the released choice; one or two tokens take a single kernel), then the variants, fastest
+first. A variant whose result is wrong, or differs between two runs, or that raises, is FAILED and not timed. The work is
+done by a second process, so that a variant that hangs or breaks the CUDA context costs a restart and not the sweep.
 """
 
 import argparse
@@ -43,7 +43,11 @@ def tasks(sizes):
 
 def kernel_of(m, variant):
     """Variants that are likely to fail together."""
-    return (m, variant) if m <= 16 or variant == LINEAR else (variant // 100, variant % 100 > 9)
+    return (
+        (m, variant)
+        if variant == LINEAR or (m <= 16 and variant < 100)
+        else (variant // 100, variant % 100 > 9)
+    )
 
 
 # ---- The worker: does tasks from the list on its input, one line of output before and after each ----------------------
@@ -78,6 +82,7 @@ class Problems:
 
         if self.key != (m, format, layer):
             torch, mode = self.torch, MODES[format]
+            torch.cuda.empty_cache()  # every graph had its own memory
             torch.manual_seed(m)
             stored, _ = self.weight(format, layer)
             x = torch.randn(m, LLAMA_8B[layer][1], device="cuda", dtype=torch.bfloat16)

@@ -1,9 +1,9 @@
-// y[M, N] = tokens x FP4 weight^T for 17 to 64 tokens, where latency still counts as much as bytes.
+// y[M, N] = tokens x FP4 weight^T for 9 to 64 tokens, where latency still counts as much as bytes.
 //
 // Weights take the short way, as in gemv_w4_mma.cu: prepared tiles stream straight into registers, several ahead and before
 // the activation kernel has ended, and mma.sync m16n8k16 multiplies them as A. Tokens are too many for each warp to fetch
-// its own: a producer warp copies them into a ring of stages that all warps of the block read, in the same layout that
-// gemm_w4_sm90.cu takes. A block's warps divide its rows and, within a stage, K; blocks of a cluster divide K further and
+// its own: a producer warp copies them into a ring of stages that all warps of the block read, in the layout of the other
+// kernel for that many tokens. A block's warps divide its rows and, within a stage, K; blocks of a cluster divide K further and
 // share tokens (cluster_sm90.cuh).
 #include "cluster_sm90.cuh"
 #include "expand_fp4.cuh"
@@ -20,6 +20,7 @@ template <int kTokens_, int kRowWarps_, int kDepthWarps_, int kAhead_, int kStag
 struct StreamShape {
   static constexpr int kTokens = kTokens_, kRowWarps = kRowWarps_, kDepthWarps = kDepthWarps_;
   static constexpr int kAhead = kAhead_, kStages = kStages_, kBlocksPerSm = kBlocksPerSm_;
+  static constexpr bool kNatural = kTokens <= 16;  // the layout of the tokens, see activation_fp4_sm90.cu
   static constexpr int kColumns = kTokens / 8, kRows = 16 * kSlices * kRowWarps;
   static constexpr int kWarps = kRowWarps * kDepthWarps, kConsumers = 32 * kWarps;
   // The producer is a whole warpgroup, so that it can hand its registers over.
@@ -78,7 +79,23 @@ struct WeightStream {
   }
 };
 
-// One tile: 32 rows x kTokens x 64 k. `tokens`: the row of the tile that this lane names to load_matrices.
+// Operand B of four k16 steps x 8 tokens. `column`: the tile from its token 8c on.
+template <class S>
+__device__ __forceinline__ void load_column(uint32_t (&b)[2][4], uint32_t column) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (S::kNatural) {
+    const uint32_t at = column + lane / 4 * 128 + (lane / 4 & 1) * 64 + lane % 4 * 16;
+    const uint4 lo = load_shared16(at), hi = load_shared16(at ^ 64);
+    b[0][0] = lo.x, b[0][1] = lo.y, b[0][2] = lo.z, b[0][3] = lo.w;
+    b[1][0] = hi.x, b[1][1] = hi.y, b[1][2] = hi.z, b[1][3] = hi.w;
+  } else {
+    const uint32_t at = column + lane / 8 * (S::kTokens * 16) + lane % 8 * 16;
+    load_matrices(b[0], at);
+    load_matrices(b[1], at + 4 * S::kTokens * 16);
+  }
+}
+
+// One tile: 32 rows x kTokens x 64 k.
 template <Operand kOperand, Format kFormat, class S>
 __device__ __forceinline__ void multiply_tile(float (&acc)[kSlices][S::kColumns][4], const uint4 (&w)[kSlices],
                                               const uint32_t (&s)[kSlices], uint32_t tokens) {
@@ -88,8 +105,7 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[kSlices][S::kColumns]
 #pragma unroll
   for (int c = 0; c < S::kColumns; ++c) {
     uint32_t b[2][4];
-    load_matrices(b[0], tokens + c * 128);
-    load_matrices(b[1], tokens + c * 128 + 4 * S::kTokens * 16);
+    load_column<S>(b, tokens + c * (S::kNatural ? 1024 : 128));
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -137,7 +153,6 @@ __device__ __forceinline__ void consume(const GemmArgs& args, const ClusterPlace
   if (gridDim.x > 1) cluster_wait();
 
   float acc[kSlices][S::kColumns][4] = {};
-  const uint32_t lane_tokens = depth * S::kTokenTile + lane / 8 * (S::kTokens * 16) + lane % 8 * 16;
   int stage = 0;
   uint32_t phase = 0;
   for (int base = 0; base < count; base += S::kAhead * S::kDepthWarps) {
@@ -147,7 +162,7 @@ __device__ __forceinline__ void consume(const GemmArgs& args, const ClusterPlace
       if (round < count) {
         barrier_wait(ring.full(stage), phase);
         if (i < count) {
-          multiply_tile<kOperand, kFormat, S>(acc, weights.w[u], weights.s[u], ring.stage(stage) + lane_tokens);
+          multiply_tile<kOperand, kFormat, S>(acc, weights.w[u], weights.s[u], ring.stage(stage) + depth * S::kTokenTile);
         }
         __syncwarp();
         place.release(ring.empty(stage));
@@ -219,7 +234,7 @@ void launch(const GemmProblem& p, cudaStream_t stream) {
 // 3: 128 rows and half the warps, two blocks on a multiprocessor: one starts or ends while the other multiplies.
 template <Operand kOperand, Format kFormat, int kTokens>
 void dispatch_variant(const GemmProblem& p, cudaStream_t stream) {
-  constexpr int kAhead = kTokens == 32 ? 8 : 6;
+  constexpr int kAhead = kTokens <= 32 ? 8 : 6;
   // More blocks of 128 rows than multiprocessors: two at a time on each leave no second, partly filled round.
   const int variant = p.split > 0 ? p.split / 100 : p.n > 128 * 132 ? 3 : 1;
   switch (variant) {
@@ -227,15 +242,16 @@ void dispatch_variant(const GemmProblem& p, cudaStream_t stream) {
     case 2: return launch<kOperand, kFormat, StreamShape<kTokens, 2, 4, kAhead, 4, 1>>(p, stream);
     case 3: return launch<kOperand, kFormat, StreamShape<kTokens, 4, 1, kAhead, 8, 2>>(p, stream);
   }
-  throw std::runtime_error("split: no variant " + std::to_string(variant) + " of the kernel for 17 to 64 tokens");
+  throw std::runtime_error("split: no variant " + std::to_string(variant) + " of the kernel for 9 to 64 tokens");
 }
 
 template <Operand kOperand, Format kFormat>
 void dispatch_tokens(const GemmProblem& p, cudaStream_t stream) {
   if (p.m > p.token_tile) throw std::runtime_error("gemm_w4_mma takes one tile of tokens");
+  if (p.token_tile == 16) return dispatch_variant<kOperand, kFormat, 16>(p, stream);
   if (p.token_tile == 32) return dispatch_variant<kOperand, kFormat, 32>(p, stream);
   if (p.token_tile == 64) return dispatch_variant<kOperand, kFormat, 64>(p, stream);
-  throw std::runtime_error("gemm_w4_mma: token_tile must be 32 or 64, got " + std::to_string(p.token_tile));
+  throw std::runtime_error("gemm_w4_mma: token_tile must be 16, 32 or 64, got " + std::to_string(p.token_tile));
 }
 
 }  // namespace

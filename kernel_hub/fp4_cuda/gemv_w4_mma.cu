@@ -31,12 +31,6 @@ template <int kPending>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
-__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-  return v;
-}
-
 // kColumns: blocks of 8 tokens. kSlices: 16-row slices that a block works on at a time. kAhead: tiles of weights in flight
 // per warp, in registers. kRing: tiles of tokens per warp in shared memory.
 template <int kColumns_, int kSlices_, int kWarps_, int kAhead_, int kRing_>

@@ -84,8 +84,7 @@ FLOORS = {"bfloat16": 1e-3, "float16": 2e-4}
 def variants(m: int) -> list[int]:
     """Values of prepared_gemm's `split` that say which kernel runs m tokens and how it divides the work (see
     GemmProblem::split in fp4_kernels.h). 0, its own choice, is left out."""
-    if m <= 16:
-        return [1, 2, 3]
     divisions = [1, 2, 3, 4, 6, 8, 21, 22, 23, 24, 41, 42, 81]
-    kernels = [0, 100, 200, 300] if m <= 64 else [0]
-    return [kernel + division for kernel in kernels for division in divisions]
+    kernels = [100, 200, 300] if 8 < m <= 64 else []
+    first = [1, 2, 3] if m <= 16 else divisions
+    return first + [kernel + division for kernel in kernels for division in divisions]

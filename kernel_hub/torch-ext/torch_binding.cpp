@@ -134,8 +134,8 @@ fp4::GemmProblem gemm_problem(const Tensor& packed, const Tensor& row_scale, con
   return p;
 }
 
-// The kernel for 17 to 64 tokens, or wgmma? mma.sync has 60 % of wgmma's rate but starts and ends sooner: it is for few
-// tokens and for weights that are read in a few microseconds.
+// run_gemm_mma? mma.sync has 60 % of wgmma's rate but starts and ends sooner: it is for few tokens and for weights that are
+// read in a few microseconds.
 bool few_enough_for_mma(const fp4::GemmProblem& p) {
   if (p.split > 0) return p.split / 100 >= 1 && p.split / 100 <= 3;
   return p.m <= 32 || (p.m <= 64 && static_cast<int64_t>(p.n) * p.k_tiles <= 6144 * 64);
@@ -145,7 +145,7 @@ bool few_enough_for_mma(const fp4::GemmProblem& p) {
 constexpr int64_t kFusedTokens = 2, kFusedBytes = 128 << 10;
 
 void run_gemm(const fp4::GemmProblem& p, cudaStream_t stream) {
-  if (p.m <= kGemvTokens) return fp4::run_gemv(p, stream);
+  if (p.m <= kGemvTokens && p.split < 100) return fp4::run_gemv(p, stream);
   if (few_enough_for_mma(p)) return fp4::run_gemm_mma(p, stream);
   fp4::run_gemm_sm90(p, stream);
 }
