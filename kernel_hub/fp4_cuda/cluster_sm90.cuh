@@ -41,7 +41,7 @@ struct ClusterPlace {
     for (int i = 0; i < share; ++i) mask |= 1u << rank(part, i);
     return static_cast<uint16_t>(mask);
   }
-  // One warp frees a stage of the ring in every block that fills it.
+  // One warp frees a stage of the ring in every block that fills it; only for a stage that is filled again.
   __device__ __forceinline__ void release(uint32_t empty) const {
     const int lane = threadIdx.x % 32;
     if (share == 1 && lane == 0) barrier_arrive(empty);
@@ -104,8 +104,9 @@ __device__ void write_output(const GemmArgs& args, const ClusterPlace& place, ui
   }
 }
 
-// All sums of the cluster are in shared memory: waits for them, writes the results, and keeps every block alive until no
-// other block needs its memory or its barriers. `block_sync` is a barrier of the kThreads threads that call this.
+// All sums of the cluster are in shared memory: waits for them, writes the results, and keeps this block alive until no
+// other reads its sums. (Nothing else may still be on its way to a block: it has waited for every copy into it, and warps
+// release only stages whose next copy it has waited for.) `block_sync` is a barrier of the kThreads threads that call this.
 template <int kTokens, int kRows, int kThreads, class Sync>
 __device__ __forceinline__ void finish(const GemmArgs& args, const ClusterPlace& place, uint32_t reduce, int token_block,
                                        Sync block_sync) {
@@ -113,7 +114,10 @@ __device__ __forceinline__ void finish(const GemmArgs& args, const ClusterPlace&
   else block_sync();
   if (args.p.out_is_bf16) write_output<kTokens, kRows, kThreads, __nv_bfloat16>(args, place, reduce, token_block);
   else write_output<kTokens, kRows, kThreads, __half>(args, place, reduce, token_block);
-  if (gridDim.x > 1) cluster_sync();
+  if (place.split > 1) {
+    cluster_arrive_relaxed();  // what was read has been used: nothing to wait for
+    cluster_wait();
+  }
 }
 
 // ---- Host: how to divide a problem ------------------------------------------------------------------------------------

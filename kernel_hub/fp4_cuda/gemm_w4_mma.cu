@@ -164,8 +164,10 @@ __device__ __forceinline__ void consume(const GemmArgs& args, const ClusterPlace
         if (i < count) {
           multiply_tile<kOperand, kFormat, S>(acc, weights.w[u], weights.s[u], ring.stage(stage) + depth * S::kTokenTile);
         }
-        __syncwarp();
-        place.release(ring.empty(stage));
+        if (round + S::kStages * S::kDepthWarps < count) {  // it will be filled again
+          __syncwarp();
+          place.release(ring.empty(stage));
+        }
         weights.fetch(u, i + S::kAhead * S::kDepthWarps);
         if (++stage == S::kStages) {
           stage = 0;
@@ -209,7 +211,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm) stream_w4_kernel
     barrier_init_fence();
   }
   __syncthreads();
-  if (gridDim.x > 1) cluster_arrive();  // the other blocks may use this one's barriers
+  if (gridDim.x > 1) cluster_arrive_relaxed();  // the other blocks may use this one's barriers: barrier_init_fence
   if (threadIdx.x < S::kConsumers) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kRegisters));
     consume<kOperand, kFormat, S>(args, place, ring, reinterpret_cast<float*>(shared), first, count);

@@ -163,7 +163,8 @@ __device__ __forceinline__ void consume(const Ring<T>& ring, const ClusterPlace&
         if (u % kPerStage == 0 && finished != 0) place.release(finished);
         if (i + u + 1 < tiles) {
           if ((u + 1) % kPerStage == 0) {
-            finished = ring.empty(at.stage);
+            const bool filled_again = i + u + 1 + (T::kStages - 1) * kPerStage < tiles;
+            finished = filled_again ? ring.empty(at.stage) : 0;
             at.next();
             stage = ring.stage(at.stage);
             barrier_wait(ring.full(at.stage), at.phase);
@@ -214,7 +215,7 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, Shape<kTokens>::kBlo
     barrier_init_fence();
   }
   __syncthreads();
-  if (clustered) cluster_arrive();  // the other blocks may use this one's barriers
+  if (clustered) cluster_arrive_relaxed();  // the other blocks may use this one's barriers: barrier_init_fence
 
   if (threadIdx.x >= kConsumers) {
     if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");

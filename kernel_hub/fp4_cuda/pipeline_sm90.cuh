@@ -89,10 +89,14 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
   return p;
 }
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+// Relaxed: publishes nothing that was written before. A releasing arrival waits for all of this thread's memory operations,
+// also its results on their way to global memory.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() {
-  cluster_arrive();
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
   cluster_wait();
 }
 
