@@ -236,9 +236,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--m", type=int, nargs="+", default=[64, 1, 128, 16, 32, 2, 17, 8, 96])
-    parser.add_argument(
-        "--seconds", type=float, default=150, help="no new variant is started after this long"
-    )
+    parser.add_argument("--seconds", type=float, default=90, help="no new variant is started after this long")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -26,7 +26,7 @@ struct Shape {
   static constexpr int kThreads = kConsumers + (kMoveRegisters ? 128 : 32);
   static constexpr int kBlocksPerSm = kTokens <= 64 ? 2 : 1;
   static constexpr int kTilesPerStage = kTokens == 32 ? 4 : kTokens <= 128 ? 2 : 1;
-  static constexpr int kStages = kTokens <= 64 ? 3 : 5;
+  static constexpr int kStages = kTokens == 32 ? 3 : kTokens == 64 ? 4 : 5;
 };
 
 template <Format kFormat, int kTokens>
