@@ -2,9 +2,9 @@
 //
 // Weights take the short way, as in gemv_w4_mma.cu: prepared tiles stream straight into registers, several ahead and before
 // the activation kernel has ended, and mma.sync m16n8k16 multiplies them as A. Tokens are too many for each warp to fetch
-// its own: a producer warp copies them into a ring of stages that all warps of the block read, in the layout of the other
-// kernel for that many tokens. A block's warps divide its rows and, within a stage, K; blocks of a cluster divide K further and
-// share tokens (cluster_sm90.cuh).
+// its own: a producer thread copies them into a ring of stages that all warps of the block read, in the layout of the other
+// kernel for that many tokens. A block's warps divide its rows and, within a stage, K; blocks of a cluster divide K
+// further and share tokens (cluster_sm90.cuh).
 #include "cluster_sm90.cuh"
 #include "expand_fp4.cuh"
 #include "mma_sm80.cuh"

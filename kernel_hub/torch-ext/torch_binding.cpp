@@ -114,11 +114,12 @@ void check_operand(const fp4::ActivationProblem& p, int64_t operand, bool quanti
 ScalarType output_type(bool out_is_bf16) { return out_is_bf16 ? ScalarType::BFloat16 : ScalarType::Half; }
 
 // Everything but the tokens and the output.
-fp4::GemmProblem gemm_problem(const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias, int64_t m,
-                              int64_t operand, bool out_is_bf16) {
+fp4::GemmProblem gemm_problem(const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
+                              int64_t m, int64_t operand, bool out_is_bf16) {
   const int64_t n = row_scale.numel();
   STD_TORCH_CHECK(div_up(n, 64) == packed.size(0) && n % 16 == 0, "row_scale does not belong to this prepared weight");
-  STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == n && bias->scalar_type() == output_type(out_is_bf16) && bias->is_contiguous()),
+  STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == n && bias->scalar_type() == output_type(out_is_bf16) &&
+                                        bias->is_contiguous()),
                   "bias must be contiguous [N] of the output dtype");
   fp4::GemmProblem p = {};
   p.weight = static_cast<const uint8_t*>(packed.data_ptr());
