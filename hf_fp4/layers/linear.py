@@ -18,6 +18,10 @@ from ..scales import fused_partners
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _KERNEL_ROWS = 16
+# Asked here and not in forward: torch.compile of torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = {
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(device)
+}
 """Kernels take outputs in multiples of this."""
 
 
@@ -187,7 +191,7 @@ class FP4Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
             # As nn.Linear: the input is cast, and so is the result. What comes between chooses its own dtypes.
             with torch.autocast(device, enabled=False):
                 return self._compute(x, torch.get_autocast_dtype(device))
