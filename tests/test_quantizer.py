@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -332,10 +333,32 @@ def test_each_block_runs_once_per_batch_and_stream(zoo, monkeypatch):
 
 @pytest.mark.parametrize(("streams", "waits_on"), [(5, "cuda:0"), (11, "cpu")])
 def test_a_stream_that_would_fill_the_gpu_waits_in_cpu_memory(streams, waits_on, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (90, 200))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
     hidden = [SimpleNamespace(device=torch.device("cuda:0"), nbytes=1) for _ in range(streams)]
     assert driver._resting_device(hidden, torch.device("cuda:0")) == torch.device(waits_on)
     assert driver._resting_device(hidden, torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_inputs_that_do_not_fit_are_computed_again(name, zoo, monkeypatch):
+    """Only one batch's input of a group is alive then, and the result has the same bytes."""
+    expected = quantize(zoo(name)).state_dict()
+    seen, alive = [], []
+    observe = Group.observe
+
+    def watched(self, x, original):
+        seen.append(weakref.ref(x))
+        alive.append(sum(each() is not None for each in seen))
+        observe(self, x, original)
+
+    monkeypatch.setattr(Group, "observe", watched)
+    monkeypatch.setattr(driver, "_fits", lambda size, device: False)
+    again = quantize(zoo(name)).state_dict()
+    assert set(alive) == {1}
+    assert expected.keys() == again.keys()
+    assert all(torch.equal(expected[key], again[key]) for key in expected)
 
 
 def test_blocks_visit_the_calibration_device(zoo, monkeypatch):

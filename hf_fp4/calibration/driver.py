@@ -185,13 +185,18 @@ class _Block:
                 original.append(None if batch.original is None else begin(batch.original, call, {}))
             for index, group in enumerate(self._groups):
                 start = time.perf_counter()
-                inputs = [forward.input_of(index) for forward in quantized]
-                group.start(inputs)
-                for batch, x, other in zip(batches, inputs, original, strict=True):
+                tokens = sum(batch.quantized.shape[:-1].numel() for batch in batches)
+                wait = _fits(group.bytes_per_token * tokens, self._device)
+                group.start(forward.input_of(index) for forward in quantized)
+                for i, (batch, other) in enumerate(zip(batches, original, strict=True)):
+                    x = quantized[i].input_of(index)
                     group.observe(x, None if other is None else other.input_of(index))
+                    del x
                     if other is not None and advance and index == last:
                         batch.rest(other.output())  # it waits for no solve, and its memory is free sooner
-                del inputs, x
+                    if not wait:  # with all that it holds: what is needed of it later is computed again
+                        quantized[i].abandon()
+                        quantized[i] = begin(batch.quantized, batch.calls[self._index], solved)
                 errors = group.solve()
                 solved |= group.simulated()
                 seconds = time.perf_counter() - start
@@ -286,11 +291,17 @@ def _moved(block: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 
 def _resting_device(hidden: list[torch.Tensor], device: torch.device) -> torch.device:
-    """Where a stream of this size waits: on ``device`` if it takes at most a tenth of what is free there, else in CPU memory."""
+    """Where a stream of this size waits: on ``device`` if it fits, else in CPU memory."""
+    return device if _fits(sum(tensor.nbytes for tensor in hidden), device) else torch.device("cpu")
+
+
+def _fits(size: int, device: torch.device) -> bool:
+    """Whether ``size`` bytes may wait on ``device``: on a GPU at most a tenth of what is free there, in CPU memory always."""
     if device.type != "cuda":
-        return device
+        return True
     free, _ = torch.cuda.mem_get_info(device)
-    return device if 10 * sum(tensor.nbytes for tensor in hidden) <= free else torch.device("cpu")
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 10 * size <= free + unused
 
 
 def _plan_groups(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -57,12 +57,18 @@ class Group:
             "" if len(self.names) == 1 else f" (+{len(self.names) - 1})"
         )
 
-    def start(self, inputs: list[torch.Tensor]) -> None:
-        """Choose the rotation; ``inputs``: what `observe` will be given, batch by batch."""
-        # An expert that no token of a batch was routed to has an empty input.
-        first = next(
-            (x.flatten(0, -2) for x in inputs if x.numel()), inputs[0].new_empty(0, inputs[0].shape[-1])
-        )
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the inputs that `observe` will be given."""
+        weight = self._linears[self.names[0]].weight
+        return weight.shape[-1] * weight.element_size()
+
+    def start(self, inputs: Iterable[torch.Tensor]) -> None:
+        """Choose the rotation; ``inputs``: what `observe` will be given, batch by batch, read up to the first token."""
+        for x in inputs:
+            first = x.flatten(0, -2)
+            if len(first):  # an expert that no token of a batch was routed to has an empty input
+                break
         require_finite(first, f"the input of {self._title}")
         size = self._config.hadamard_group_size
         if isinstance(size, str):  # "auto"
