@@ -9,6 +9,7 @@
 //   natural: what gemv_w4_mma.cu reads, [K/64, 8 or 16 tokens, 2 halves, 4 lanes, 8 values]; odd tokens swap the halves,
 //     so that shared memory is read without bank conflicts
 //   rows: E4M3 [M, K] for the library's FP8 product
+//   plain: bf16 [M, K] (rotated only: the dtype of x), for calibration
 //   packed: uint8 codes [M, K/2] and row-major scales, the bytes of a checkpoint's activations
 #include "activation_fp4.cuh"
 #include "fp4_kernels.h"
@@ -64,7 +65,18 @@ __device__ __forceinline__ void store_packed(const ActivationArgs& a, int token,
       make_uint2(w[0], w[1]);
 }
 
-enum class Output : int { kRotated = 0, kTiled16 = 1, kPacked = 2, kRows8 = 3 };
+template <typename T>
+__device__ __forceinline__ void store_plain(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
+  if (k0 >= a.k) return;
+  uint32_t w[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) w[i] = pack16(q.v[2 * i] * s, q.v[2 * i + 1] * s, T());
+  uint4* out = reinterpret_cast<uint4*>(static_cast<T*>(a.out) + static_cast<int64_t>(token) * a.k + k0);
+  out[0] = make_uint4(w[0], w[1], w[2], w[3]);
+  out[1] = make_uint4(w[4], w[5], w[6], w[7]);
+}
+
+enum class Output : int { kRotated = 0, kTiled16 = 1, kPacked = 2, kRows8 = 3, kPlain = 4, kRotatedPlain = 5 };
 
 // Everything that follows the token's range: quantize one chunk and store it.
 template <typename T, Format F, Output O>
@@ -73,10 +85,13 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
   Chunk q;
   if constexpr (O == Output::kRotated) {
     if (store) store_tiled16<T>(a, token, k0, c, 1.0f);
+  } else if constexpr (O == Output::kRotatedPlain) {
+    if (store) store_plain<T>(a, token, k0, c, 1.0f);
   } else if constexpr (F == Format::kNvfp4) {
     const uint32_t byte = quantize_nvfp4(c, global, a.rule, q);
     if (!store) return;
     if constexpr (O == Output::kTiled16) store_tiled16<__nv_bfloat16>(a, token, k0, q, e4m3_to_float(byte));
+    if constexpr (O == Output::kPlain) store_plain<__nv_bfloat16>(a, token, k0, q, e4m3_to_float(byte));
     if constexpr (O == Output::kPacked) {
       if (k0 >= a.k) return;
       store_packed(a, token, k0, q);
@@ -86,6 +101,7 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
     const int e = quantize_mxfp4(c, a.rule, q);
     if (!store) return;
     if constexpr (O == Output::kTiled16) store_tiled16<__nv_bfloat16>(a, token, k0, q, exp2_int(e));
+    if constexpr (O == Output::kPlain) store_plain<__nv_bfloat16>(a, token, k0, q, exp2_int(e));
     if constexpr (O == Output::kRows8) {
       if (k0 < a.k) store_rows8(a, token, k0, q, exp2_int(max(e - token_exponent, -40)));
     }
@@ -180,6 +196,11 @@ void dispatch(const ActivationProblem& p, cudaStream_t stream) {
   if (p.packed) {
     if (nvfp4) return launch<T, Format::kNvfp4, Output::kPacked>(a, dynamic, stream);
     return launch<T, Format::kMxfp4, Output::kPacked>(a, false, stream);
+  }
+  if (p.plain) {
+    if (!p.quantize) return launch<T, Format::kNvfp4, Output::kRotatedPlain>(a, false, stream);
+    if (nvfp4) return launch<T, Format::kNvfp4, Output::kPlain>(a, dynamic, stream);
+    return launch<T, Format::kMxfp4, Output::kPlain>(a, false, stream);
   }
   if (!p.quantize) return launch<T, Format::kNvfp4, Output::kRotated>(a, false, stream);
   if (nvfp4) return launch<T, Format::kNvfp4, Output::kTiled16>(a, dynamic, stream);

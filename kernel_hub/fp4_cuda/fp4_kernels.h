@@ -21,6 +21,7 @@ struct ActivationProblem {
   int operand;          // Operand of the output; E4M3 is row-major
   bool quantize;        // false: rotate only
   bool packed;          // codes and row-major scales instead of tiles
+  bool plain;           // row-major values instead of tiles
   bool natural;         // tiled output for run_gemv
 };
 

@@ -207,6 +207,21 @@ std::tuple<Tensor, Tensor, Tensor> rotate_quantize(const Tensor& x, const std::o
   return {codes, scales, token_scale};
 }
 
+std::tuple<Tensor, Tensor> fake_quantize(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
+                                         bool quantize, int64_t hadamard, int64_t rule) {
+  fp4::ActivationProblem p = activation_problem(x, global, format, hadamard, rule);
+  const DeviceGuard guard(x.get_device_index());
+  const bool per_token = quantize && format == kNvfp4 && !global.has_value();
+  Tensor values = new_tensor(x, {p.m, p.k}, quantize ? ScalarType::BFloat16 : x.scalar_type());
+  Tensor token_scale = new_tensor(x, {per_token ? p.m : quantize ? 1 : 0}, ScalarType::Float);
+  p.out = values.data_ptr();
+  p.token_scale = quantize ? static_cast<float*>(token_scale.data_ptr()) : nullptr;
+  p.quantize = quantize;
+  p.plain = true;
+  fp4::run_activation(p, current_stream(x));
+  return {values, token_scale};
+}
+
 std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
                                               int64_t operand, bool quantize, int64_t hadamard, int64_t rule) {
   fp4::ActivationProblem p = activation_problem(x, global, format, hadamard, rule);
@@ -309,6 +324,9 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "rotate_quantize(Tensor x, Tensor? global_scale, int format, int hadamard, int rule) -> (Tensor, Tensor, Tensor)");
   ops.def(
+      "fake_quantize(Tensor x, Tensor? global_scale, int format, bool quantize, int hadamard, int rule)"
+      " -> (Tensor, Tensor)");
+  ops.def(
       "prepare_activation(Tensor x, Tensor? global_scale, int format, int operand, bool quantize, int hadamard, int rule)"
       " -> (Tensor, Tensor)");
   ops.def(
@@ -323,6 +341,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("prepare_weight", TORCH_BOX(&prepare_weight));
   ops.impl("restore_weight", TORCH_BOX(&restore_weight));
   ops.impl("rotate_quantize", TORCH_BOX(&rotate_quantize));
+  ops.impl("fake_quantize", TORCH_BOX(&fake_quantize));
   ops.impl("prepare_activation", TORCH_BOX(&prepare_activation));
   ops.impl("prepared_gemm", TORCH_BOX(&prepared_gemm));
   ops.impl("prepared_linear", TORCH_BOX(&prepared_linear));

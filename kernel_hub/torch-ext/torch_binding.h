@@ -12,6 +12,8 @@ std::tuple<Tensor, Tensor> prepare_weight(const Tensor& weight, const Tensor& sc
 std::tuple<Tensor, Tensor> restore_weight(const Tensor& packed, const Tensor& row_scale, int64_t n, int64_t k);
 std::tuple<Tensor, Tensor, Tensor> rotate_quantize(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
                                                    int64_t hadamard, int64_t rule);
+std::tuple<Tensor, Tensor> fake_quantize(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
+                                         bool quantize, int64_t hadamard, int64_t rule);
 std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
                                               int64_t operand, bool quantize, int64_t hadamard, int64_t rule);
 Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,

@@ -58,6 +58,14 @@ def _register_fakes() -> None:
         per_token = format == FORMATS["nvfp4"] and global_scale is None
         return codes, scales, x.new_empty((m if per_token else 1,), dtype=torch.float32)
 
+    @torch.library.register_fake(add_op_namespace_prefix("fake_quantize"))
+    def _(x, global_scale, format, quantize, hadamard, rule):
+        k = x.shape[-1]
+        m = x.numel() // k
+        rows = (m if format == FORMATS["nvfp4"] and global_scale is None else 1) if quantize else 0
+        values = x.new_empty((m, k), dtype=torch.bfloat16 if quantize else x.dtype)
+        return values, x.new_empty((rows,), dtype=torch.float32)
+
     @torch.library.register_fake(add_op_namespace_prefix("prepare_activation"))
     def _(x, global_scale, format, operand, quantize, hadamard, rule):
         k = x.shape[-1]

@@ -139,19 +139,26 @@ class _Backend(NamedTuple):
 
     prepare_weight: Callable  # weight, weight_scale, weight_global_scale -> packed, row_scale
     rotate_quantize: Callable  # x, global_scale, format, hadamard, rule -> codes, block scales, token_scale
+    fake_quantize: Callable  # x, global_scale, format, quantize, hadamard, rule -> values, token_scale
     prepare_activation: Callable[[torch.Tensor, _Quantization], PreparedTokens]
     gemm: Callable  # PreparedTokens, packed, row_scale, bias -> [M, N]
     linear: Callable  # x, _Quantization, packed, row_scale, bias -> [M, N], or as x
 
 
 _TRITON = _Backend(
-    _triton.prepare_weight, _triton.ops_rotate_quantize, _triton_tokens, _triton_gemm, _triton_linear
+    _triton.prepare_weight,
+    _triton.ops_rotate_quantize,
+    _triton.ops_prepare_activation,
+    _triton_tokens,
+    _triton_gemm,
+    _triton_linear,
 )
 _BACKENDS = {
     # The compiled ops are looked up when called: a variant that has none still imports.
     "cuda": _Backend(
         lambda *arguments: ops.prepare_weight(*arguments),
         lambda *arguments: ops.rotate_quantize(*arguments),
+        lambda *arguments: ops.fake_quantize(*arguments),
         _cuda_tokens,
         _cuda_gemm,
         _cuda_linear,
@@ -314,7 +321,7 @@ def fake_quantize(
     per token. For "bf16" the rotated values in the dtype of x, and an empty multiplier. Arguments: as `prepare_activation`.
     """
     q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8=False)
-    values, multiplier = _triton.ops_prepare_activation(
+    values, multiplier = _BACKENDS[backend_of(x.device)].fake_quantize(
         x.contiguous(), q.global_scale, q.format, q.quantize, q.hadamard, q.rule
     )
     return values.view(x.shape), multiplier
