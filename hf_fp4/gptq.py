@@ -235,5 +235,12 @@ def activation_order(second: torch.Tensor) -> torch.Tensor:
 
 
 def output_power(weight: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """``tr(W S W^T)``, the mean squared output of ``W`` [N, K] on inputs whose second moments are ``S`` [K, K]; float32 []."""
-    return ((weight @ second) * weight).sum()
+    """``tr(W S W^T)``, the mean squared output of ``W`` [N, K] on inputs whose second moments are ``S`` [K, K]; float32 [].
+
+    On a GPU the product is one of bfloat16 operands: it is for reports, and its rounding errors average out.
+    """
+    if weight.is_cuda:
+        product = torch.mm(weight.bfloat16(), second.bfloat16(), out_dtype=torch.float32)
+    else:
+        product = weight @ second
+    return product.mul_(weight).sum()

@@ -16,7 +16,7 @@ MAX_DAMPING_ATTEMPTS = 6
 class SecondMoments:
     """Streaming ``S = sum x x^T`` of quantized-stream inputs and ``C = sum x_original x^T`` against the original stream's.
 
-    Both are float32 ``[K, K]`` on the inputs' device, divided by the number of tokens when read.
+    Both are float32 ``[K, K]`` on the inputs' device.
     """
 
     def __init__(self, in_features: int, device: torch.device, *, cross: bool):
@@ -34,7 +34,7 @@ class SecondMoments:
         Both float32, or bfloat16, whose products are exact in the float32 that they are added up in; quantized values lose
         nothing in bfloat16, and of the original stream's it keeps what the model's own activations have.
         """
-        _add_product(self._sum, x, x)
+        _add_square(self._sum, x)
         if self._cross is not None:
             if original is None:
                 raise ValueError(
@@ -51,15 +51,36 @@ class SecondMoments:
                 sum_(total)
         self.tokens = int(tokens)
 
-    @property
-    def second(self) -> torch.Tensor:
-        """``S / tokens``, [K, K]."""
-        return self._sum / max(self.tokens, 1)
+    def mean(self, divisor: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``S / tokens`` and ``C / tokens`` (None when not collected), [K, K], in the memory of the sums: ask once.
 
-    @property
-    def cross(self) -> torch.Tensor | None:
-        """``C / tokens``, [K, K], rows: original stream, columns: quantized stream; None when not collected."""
-        return None if self._cross is None else self._cross / max(self.tokens, 1)
+        ``C`` has rows of the original stream and columns of the quantized stream. divisor: the power of two by which
+        every ``x`` is still to be divided, [1].
+        """
+        tokens = max(self.tokens, 1)
+        _mirror(self._sum)
+        self._sum.div_(tokens if divisor is None else tokens * divisor**2)
+        if self._cross is not None:
+            self._cross.div_(tokens if divisor is None else tokens * divisor)
+        return self._sum, self._cross
+
+
+def _add_square(total: torch.Tensor, x: torch.Tensor) -> None:
+    """``total += x^T x`` in float32, of each panel's rows up to the panel's end: the rest is for `_mirror`."""
+    for start, stop in _panels(len(total)):
+        _add_product(total[start:stop, :stop], x[:, start:stop], x[:, :stop])
+
+
+def _mirror(total: torch.Tensor) -> None:
+    """Fill what `_add_square` left out of a symmetric matrix."""
+    for start, stop in _panels(len(total)):
+        total[start:stop, stop:] = total[stop:, start:stop].T
+
+
+def _panels(features: int) -> list[tuple[int, int]]:
+    """First and last row of each: at most eight, none so small that its product would be slow."""
+    size = max(1024, -(-features // 8))
+    return [(start, min(start + size, features)) for start in range(0, features, size)]
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -124,11 +145,14 @@ class DampedMoments:
         second, inverse = (rotate(rotate(m, size).T, size) for m in (self.second, self.inverse))
         return replace(self, second=second, inverse=inverse)
 
-    def upper(self, order: torch.Tensor | None = None) -> torch.Tensor:
-        """Upper ``U`` with ``U^T U = (S + d I)^-1`` [K, K], of the columns in the order ``order`` (int64 [K])."""
+    def upper(self, order: torch.Tensor | None = None, *, check: bool = True) -> torch.Tensor:
+        """Upper ``U`` with ``U^T U = (S + d I)^-1`` [K, K], of the columns in the order ``order`` (int64 [K]).
+
+        Without ``check`` a failure is not noticed, and nothing waits for the GPU.
+        """
         inverse = self.inverse if order is None else self.inverse[order][:, order]
         upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if failed or not torch.isfinite(upper).all():
+        if check and (failed or not torch.isfinite(upper).all()):
             raise RuntimeError(
                 f"the inverse second moments of {self.name} could not be factored; use a larger damp_percent"
             )

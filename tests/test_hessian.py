@@ -44,11 +44,32 @@ def test_moments_do_not_depend_on_how_tokens_are_batched(batches):
     for part, part_of_original in zip(x.split(batches), original.split(batches), strict=True):
         moments.add(part, part_of_original)
     assert moments.tokens == 300
-    assert moments.second.dtype == moments.cross.dtype == torch.float32
-    torch.testing.assert_close(moments.second.double(), moments_of(x), rtol=1e-5, atol=1e-7)
-    cross = original.double().T @ x.double() / 300  # rows: original, columns: quantized
-    torch.testing.assert_close(moments.cross.double(), cross, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(moments.cross, moments.cross.T, rtol=0.1)
+    second, cross = moments.mean()
+    assert second.dtype == cross.dtype == torch.float32
+    torch.testing.assert_close(second.double(), moments_of(x), rtol=1e-5, atol=1e-7)
+    expected = original.double().T @ x.double() / 300  # rows: original, columns: quantized
+    torch.testing.assert_close(cross.double(), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(cross, cross.T, rtol=0.1)
+
+
+def test_moments_of_many_features_are_symmetric():
+    """Their square is added up in panels, of which one triangle is computed."""
+    x = torch.randn(64, 2100)
+    moments = SecondMoments(2100, torch.device("cpu"), cross=False)
+    for part in x.split(32):
+        moments.add(part)
+    second, _ = moments.mean()
+    torch.testing.assert_close(second.double(), x.double().T @ x.double() / 64, rtol=1e-5, atol=1e-6)
+    assert torch.equal(second[:1024, 1024:], second[1024:, :1024].T)
+
+
+def test_inputs_that_are_still_to_be_divided():
+    x, original = correlated_inputs(300), correlated_inputs(300, seed=1)
+    plain, times_eight = (SecondMoments(K, torch.device("cpu"), cross=True) for _ in range(2))
+    plain.add(x, original)
+    times_eight.add(8 * x, original)
+    for expected, actual in zip(plain.mean(), times_eight.mean(torch.tensor([8.0])), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_moments_do_not_depend_on_the_default_dtype():
@@ -59,7 +80,7 @@ def test_moments_do_not_depend_on_the_default_dtype():
         moments.add(x)
     finally:
         torch.set_default_dtype(torch.float32)
-    torch.testing.assert_close(moments.second.double(), moments_of(x), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(moments.mean()[0].double(), moments_of(x), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("fmt", FP4Format)
@@ -74,13 +95,14 @@ def test_quantized_inputs_lose_nothing_in_bfloat16(fmt):
         exact, rounded = (SecondMoments(64, torch.device("cpu"), cross=False) for _ in range(2))
         exact.add(seen)
         rounded.add(seen.bfloat16())
-        assert torch.equal(exact.second, rounded.second)
+        assert torch.equal(exact.mean()[0], rounded.mean()[0])
 
 
 def test_no_tokens_and_no_cross():
     moments = SecondMoments(K, torch.device("cpu"), cross=False)
-    assert moments.tokens == 0 and moments.cross is None
-    assert torch.equal(moments.second, torch.zeros(K, K))
+    second, cross = moments.mean()
+    assert moments.tokens == 0 and cross is None
+    assert torch.equal(second, torch.zeros(K, K))
 
 
 def test_cross_moments_need_the_original_inputs():

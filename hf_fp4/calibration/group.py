@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..backends import fake_quantizes, quantize_input, select
-from ..backends.reference import compute_dtype, matmul
+from ..backends.reference import compute_dtype
 from ..config import MRGPTQConfig
 from ..formats import dequantize_blocks
 from ..gptq import FP4Weight, activation_order, descend, output_power, round_weight, solve
@@ -47,7 +47,7 @@ class Group:
         self._input_scale: torch.Tensor | None = None
         self._absmax = torch.zeros(1, device=first.device)
         self._dtype = compute_dtype(first.dtype)
-        self._memo: tuple[torch.Tensor, tuple] | None = None
+        self._memo: tuple[torch.Tensor, torch.Tensor] | None = None
         self._dequantized: dict[str, torch.Tensor] = {}
         self.solved: dict[str, FP4Linear] = {}
 
@@ -85,23 +85,24 @@ class Group:
     def observe(self, x: torch.Tensor, original: torch.Tensor | None) -> None:
         """Add one batch of inputs: of the quantized stream, and of the original one for the correction."""
         assert self._moments is not None
-        require_finite(x, f"the input of {self._title}")
         x = x.flatten(0, -2)
         if len(x) == 0:
             return
         rotated = self._rotated(x)
-        self._absmax = torch.maximum(self._absmax, rotated.abs().amax())
-        if self._rule is not None:
-            values, divisor = self._quantized(x, rotated)
-            rotated = values if divisor is None else values / divisor.to(values.dtype)
+        absmax = torch.linalg.vector_norm(rotated, torch.inf).float()
+        if not torch.isfinite(absmax):
+            require_finite(x, f"the input of {self._title}")
+            require_finite(rotated, f"the rotated input of {self._title}")
+        self._absmax = torch.maximum(self._absmax, absmax)
         if original is not None:
             original = self._rotated(original.flatten(0, -2))
-            if original.shape != rotated.shape:  # the two streams route different tokens to this expert
+            if original.shape != x.shape:  # the two streams route different tokens to this expert
                 raise ValueError(
                     f"{self._title} gets other tokens in the quantized model than in the original one, so its target cannot "
                     "be corrected; use error_correction=0"
                 )
-        self._moments.add(rotated, original)
+        # Times the input scale, which is the same for all batches; `solve` divides by it.
+        self._moments.add(rotated if self._rule is None else self._quantized(x, rotated), original)
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         """In float32, or where kernels do it in bfloat16: then moments take a tensor core's time."""
@@ -109,12 +110,12 @@ class Group:
             return quantize_input(self._kernels, x, self._format, None, self.hadamard_size, None)[0]
         return rotate(x, self.hadamard_size)
 
-    def _quantized(self, x: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the layer will see of ``x``: values and their divisor."""
+    def _quantized(self, x: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
+        """What the layer will see of ``x``, times the input scale."""
         if fake_quantizes(self._kernels, x):
-            return self._quantize_input(x, self._input_scale)
+            return self._quantize_input(x, self._input_scale)[0]
         assert self._rule is not None
-        return fake_quantize_activations(rotated, self._format, self._rule, self._input_scale)
+        return fake_quantize_activations(rotated, self._format, self._rule, self._input_scale)[0]
 
     def _quantize_input(
         self, x: torch.Tensor, scale: torch.Tensor | None
@@ -128,21 +129,25 @@ class Group:
         sample, weight = sample[:, columns], _spread(self._stacked(), ROTATION_ROWS)[:, columns]
         seen, unseen = sample[0::2].float(), sample[1::2].float()
         moments = DampedMoments.of(seen.T @ seen / len(seen), self._config.damp_percent, self._title)
-        return min(sizes, key=lambda size: self._rotation_error(size, weight, moments, unseen))
+        errors = _side_by_side(
+            [partial(self._rotation_error, size, weight, moments, unseen) for size in sizes], sample.device
+        )
+        # NaN, where a factorization failed, is no better than anything.
+        return sizes[int(torch.stack(errors).nan_to_num(nan=torch.inf).argmin())]
 
     def _rotation_error(
         self, size: int | None, weight: torch.Tensor, moments: DampedMoments, x: torch.Tensor
-    ) -> float:
+    ) -> torch.Tensor:
         weight, x = rotate(weight, size), rotate(x, size)
         moments, global_scale = moments.rotated(size), self._global_scale(weight)
         scale = self._scales(weight, moments.second, global_scale)
-        quantized = self._codes(weight, scale, moments, global_scale, passes=0).dequantize()
+        quantized = self._codes(weight, scale, moments, global_scale, passes=0, check=False).dequantize()
         seen = x
         if self._rule is not None:
             divisor = input_global_scale(x.abs().amax().view(1)) if self._format.has_global_scale else None
             values, divisor = fake_quantize_activations(x, self._format, self._rule, divisor)
             seen = values if divisor is None else values / divisor
-        return (seen @ quantized.T - x @ weight.T).square().sum().item()
+        return (seen @ quantized.T - x @ weight.T).square().sum()
 
     def _stacked(self) -> torch.Tensor:
         return torch.cat([linear.weight.detach().float() for linear in self._linears.values()])
@@ -163,12 +168,16 @@ class Group:
         moments: DampedMoments,
         global_scale: torch.Tensor | None,
         passes: int,
+        check: bool = True,
     ) -> FP4Weight:
-        """The codes of a rotated weight [N, K] under its scales, which ``passes`` of the descent may move."""
+        """The codes of a rotated weight [N, K] under its scales, which ``passes`` of the descent may move.
+
+        check: whether a factorization that fails raises.
+        """
         if self._config.method == "rtn":
             return round_weight(weight, scale, self._format, global_scale)
         order = activation_order(moments.second) if self._config.act_order else None
-        solved = solve(weight, scale, self._format, global_scale, moments.upper(order), order, self._kernels)
+        solved = solve(weight, scale, self._format, global_scale, moments.upper(order, check=check), order, self._kernels)
         if not passes:
             return solved
         return descend(weight, solved, moments.second, moments.added, passes, self._kernels)
@@ -186,7 +195,7 @@ class Group:
             raise ValueError(
                 f"no calibration token reached {self._title}; use more samples, or add it to modules_to_not_convert"
             )
-        second, cross = moments.second, moments.cross
+        second, cross = moments.mean(None if self._rule is None else self._input_scale)
         self._moments = None
         if self._input_scale is not None:
             self._input_scale = input_global_scale(team.max_(self._absmax))
@@ -225,7 +234,10 @@ class Group:
         self._input_scale = layers[self.names[0]].input_global_scale
 
     def _install(self, name: str, layer: FP4Linear) -> None:
-        self._dequantized[name] = dequantize_blocks(*layer.stored(), self._format, self._dtype)
+        weight = dequantize_blocks(*layer.stored(), self._format, self._dtype)
+        for divisor in layer.global_scales.values():  # powers of two, so the products are the layer's own bits
+            weight /= divisor.to(weight.dtype)
+        self._dequantized[name] = weight
         self.solved[name] = layer
 
     def simulated(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
@@ -235,10 +247,24 @@ class Group:
     def _forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
         layer = self.solved[name]
         if self._memo is None or self._memo[0] is not x:
-            self._memo = (x, self._quantize_input(x, layer.input_global_scale))
-        values, divisor = self._memo[1]
-        y = matmul(values, divisor, self._dequantized[name], layer.weight_global_scale, layer.bias)
-        return y.to(x.dtype)
+            self._memo = (x, self._quantize_input(x, layer.input_global_scale)[0])
+        y = torch.nn.functional.linear(self._memo[1], self._dequantized[name])
+        return (y if layer.bias is None else y + layer.bias.to(y.dtype)).to(x.dtype)
+
+
+def _side_by_side(tasks: list[Callable[[], torch.Tensor]], device: torch.device) -> list[torch.Tensor]:
+    """The results of tasks of which each leaves most of a GPU idle, computed on streams of their own."""
+    if device.type != "cuda":
+        return [task() for task in tasks]
+    results, main = [], torch.cuda.current_stream(device)
+    streams = [torch.cuda.Stream(device) for _ in tasks]
+    for task, stream in zip(tasks, streams, strict=True):
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            results.append(task())
+    for stream in streams:
+        main.wait_stream(stream)
+    return results
 
 
 def _spread(rows: torch.Tensor, count: int) -> torch.Tensor:
