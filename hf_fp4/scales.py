@@ -6,7 +6,7 @@ powers of two: multiplying by them is exact, so the calibrated and the final sca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -65,6 +65,7 @@ def weight_scales(
     rule: str,
     global_scale: torch.Tensor | None = None,
     importance: torch.Tensor | None = None,
+    search: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Block scales of a weight.
 
@@ -75,18 +76,22 @@ def weight_scales(
             ``"hessian"`` (the same search, errors weighted by ``importance``).
         global_scale: float32 [1], the NVFP4 divisor; ``None`` for MXFP4.
         importance: float32 ``[K]``, the diagonal of the second moments of the inputs, for ``"hessian"``.
+        search: a kernel that searches the grid, ``search_scales`` of a kernel package; ``None``: done here.
 
     Returns:
         Stored scales ``[N, K/group_size]`` of `FP4Format.scale_dtype`; never zero.
     """
     blocks = weight.unflatten(-1, (-1, fmt.group_size))
-    weights = None
-    if rule == "hessian":
-        if importance is None:
-            raise ValueError(
-                'scale_rule="hessian" needs the second moments of the inputs; give it calibration data'
-            )
-        weights = importance.view(-1, fmt.group_size)
+    if rule != "hessian":
+        importance = None
+    elif importance is None:
+        raise ValueError(
+            'scale_rule="hessian" needs the second moments of the inputs; give it calibration data'
+        )
+    if search is not None and rule in ("mse", "hessian"):
+        (base,) = _candidates(blocks, fmt, "absmax", global_scale, activations=False)
+        return search(weight, base, _steps_of(fmt), fmt.value, global_scale, importance)
+    weights = None if importance is None else importance.view(-1, fmt.group_size)
     candidates = _candidates(blocks, fmt, rule, global_scale, activations=False)
     return candidates[0] if len(candidates) == 1 else _best(blocks, candidates, fmt, global_scale, weights)[0]
 
@@ -146,6 +151,11 @@ def _power_of_two_below(target: float, absmax: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), (exponent - 1).clamp(-100, 100))
 
 
+def _steps_of(fmt: FP4Format) -> tuple[int, ...]:
+    """Distances of the candidates of a search from absmax's scale on its grid, the preferred one first."""
+    return tuple(sorted(_E4M3_STEPS if fmt.has_global_scale else _E8M0_STEPS, key=abs))
+
+
 def _candidates(
     blocks: torch.Tensor, fmt: FP4Format, rule: str, global_scale: torch.Tensor | None, *, activations: bool
 ) -> list[torch.Tensor]:
@@ -160,14 +170,14 @@ def _candidates(
         code = base.view(torch.uint8).short()
         return [
             (code + s).clamp(*fmt.scale_bytes).to(torch.uint8).view(torch.float8_e4m3fn)
-            for s in sorted(_E4M3_STEPS, key=abs)
+            for s in _steps_of(fmt)
         ]
     base = fmt.encode_scale(
         absmax / 4
     )  # floor(log2(absmax)) - 2: 2 is the exponent of 6, the largest E2M1 value
     if rule == "absmax":
         return [base]
-    steps = [0, 1] if activations else sorted(_E8M0_STEPS, key=abs)
+    steps = (0, 1) if activations else _steps_of(fmt)
     return [(base.short() + s).clamp(*fmt.scale_bytes).to(torch.uint8) for s in steps]
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_fp4 import gptq, ops
+from hf_fp4 import gptq, ops, scales
 from hf_fp4.backends import Kernels
 from hf_fp4.backends.reference import matmul, quantize_input
 from hf_fp4.formats import FP4Format, dequantize_blocks
@@ -106,6 +106,16 @@ def fake_quantize(x, *, format, activations, rule, hadamard, input_global_scale)
         x, FP4Format(format), rule if activations == "fp4" else None, hadamard, input_global_scale
     )
     return values.bfloat16(), torch.ones(1) if divisor is None else divisor.reciprocal()
+
+
+def search_scales(weight, base, steps, format, global_scale=None, importance=None):
+    solved.append("search")
+    fmt = FP4Format(format)
+    assert steps == scales._steps_of(fmt)
+    rule = "mse" if importance is None else "hessian"
+    found = scales.weight_scales(weight, fmt, rule, global_scale, importance)
+    assert found.dtype == base.dtype and found.shape == base.shape
+    return found
 
 
 def gptq_solve(columns, steps, inverse, upper):

@@ -301,7 +301,7 @@ def test_calibration_on_kernels(format, activations, checkpoint, monkeypatch):
     error, model = quantized()
     assert error == pytest.approx(expected, rel=0.03)
     assert set(fake_kernels.fake_quantized) == {activations, "bf16"}
-    assert fake_kernels.solved[-2:] == ["solve", "descend"]
+    assert fake_kernels.solved[-3:] == ["search", "solve", "descend"]
     assert model.config.quantization_config.static_input_scale == (format == "nvfp4" and activations == "fp4")
     fake_kernels.fake_quantized.clear()
     quantized(torch.float32)

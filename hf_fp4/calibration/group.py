@@ -158,8 +158,9 @@ class Group:
     def _scales(
         self, weight: torch.Tensor, second: torch.Tensor, global_scale: torch.Tensor | None
     ) -> torch.Tensor:
+        search = None if self._kernels.module is None else self._kernels.module.search_scales
         rule = self._config.weight_rule
-        return weight_scales(weight, self._format, rule, global_scale, second.diagonal())
+        return weight_scales(weight, self._format, rule, global_scale, second.diagonal(), search)
 
     def _codes(
         self,
@@ -177,7 +178,9 @@ class Group:
         if self._config.method == "rtn":
             return round_weight(weight, scale, self._format, global_scale)
         order = activation_order(moments.second) if self._config.act_order else None
-        solved = solve(weight, scale, self._format, global_scale, moments.upper(order, check=check), order, self._kernels)
+        solved = solve(
+            weight, scale, self._format, global_scale, moments.upper(order, check=check), order, self._kernels
+        )
         if not passes:
             return solved
         return descend(weight, solved, moments.second, moments.added, passes, self._kernels)
@@ -235,7 +238,9 @@ class Group:
 
     def _install(self, name: str, layer: FP4Linear) -> None:
         weight = dequantize_blocks(*layer.stored(), self._format, self._dtype)
-        for divisor in layer.global_scales.values():  # powers of two, so the products are the layer's own bits
+        for (
+            divisor
+        ) in layer.global_scales.values():  # powers of two, so the products are the layer's own bits
             weight /= divisor.to(weight.dtype)
         self._dequantized[name] = weight
         self.solved[name] = layer

@@ -115,6 +115,29 @@ def check_descent(kernels, problem, passes):
     return values, *(each.view(torch.uint8) for each in (scale, expected.scale, start.scale))
 
 
+@pytest.mark.parametrize("rule", ["mse", "hessian"])
+@pytest.mark.parametrize(("rows", "features"), [(5, 64), (40, 160), (1, 320)])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_search_scales(kernels, fmt, rows, features, rule):
+    """The reference's choice, but where the order of additions decides between two that are as good."""
+    problem = Problem(fmt, rows, features)
+    arguments = problem.weight, fmt, rule, problem.global_scale, problem.second.diagonal()
+    expected = weight_scales(*arguments)
+    scale = weight_scales(*arguments, kernels.search_scales)
+    assert scale.dtype == expected.dtype and scale.shape == expected.shape
+    assert agreement(scale.view(torch.uint8), expected.view(torch.uint8)) >= 0.998
+    absmax = weight_scales(problem.weight, fmt, "absmax", problem.global_scale)
+    assert agreement(scale.view(torch.uint8), absmax.view(torch.uint8)) < 0.9
+
+
+@pytest.mark.parametrize("shift", [-16, 5])
+def test_search_at_the_ends_of_the_scales(kernels, shift):
+    problem = Problem(FP4Format.NVFP4, 5, 64, shift=shift)
+    arguments = problem.weight, problem.fmt, "mse", problem.global_scale
+    scale = weight_scales(*arguments, None, kernels.search_scales)
+    assert torch.equal(scale.view(torch.uint8), weight_scales(*arguments).view(torch.uint8))
+
+
 @pytest.mark.parametrize("ordered", [False, True], ids=["as is", "act order"])
 @pytest.mark.parametrize(("rows", "features"), SIZES)
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -193,6 +216,11 @@ def test_no_pass_and_no_row_change_nothing(kernels, fmt):
     assert torch.equal(scale.view(torch.uint8), start.scale.view(torch.uint8))
     empty = problem.weight.new_empty((64, 0))
     assert kernels.gptq_solve(empty, empty, empty, problem.upper).shape == (64, 0)
+    nothing = problem.scale[:0]
+    assert (
+        kernels.search_scales(problem.weight[:0], nothing, (0, 1), fmt.value, problem.global_scale).shape
+        == nothing.shape
+    )
     no_scale = problem.scale.T[:, :0].contiguous()
     kernels.gptq_descend(empty, empty, no_scale, problem.damped, 1, fmt.value, problem.global_scale)
 
@@ -206,6 +234,15 @@ def test_wrong_arguments_are_refused(kernels):
         kernels.gptq_solve(target[:60], target[:60], target[:60], problem.upper)
     with pytest.raises(ValueError, match="matrix"):
         kernels.gptq_solve(target, target, target, problem.upper[:32])
+    for changed, message in (
+        ({"format": "mxfp4"}, "global_scale"),
+        ({"weight": problem.weight[:, :60]}, "multiple of 16"),
+        ({"base": problem.scale[1:]}, "base"),
+        ({"importance": problem.second}, "importance"),
+    ):
+        arguments = {"weight": problem.weight, "base": problem.scale, "steps": (0,), "format": "nvfp4"}
+        with pytest.raises(ValueError, match=message):
+            kernels.search_scales(**{**arguments, "global_scale": problem.global_scale, **changed})
     for arguments, message in (
         ((scale, matrix, 1, "int4", problem.global_scale), "format"),
         ((scale, matrix, 1, "nvfp4", None), "global_scale"),

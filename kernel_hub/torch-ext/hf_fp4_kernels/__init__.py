@@ -2,8 +2,8 @@
 
 A weight is re-laid out once (`prepare_weight`); `linear` then runs any number of tokens. On compute capability 9.0 the
 compiled variant runs CUDA kernels, everywhere else (8.0 and newer) Triton ones, which on 10.x and 12.0 multiply W4A4 on FP4
-tensor cores (not run on Blackwell hardware). `gptq_solve` and `gptq_descend` choose the codes and block scales of a weight by
-GPTQ, in Triton. See the functions for shapes.
+tensor cores (not run on Blackwell hardware). `search_scales`, `gptq_solve` and `gptq_descend` choose the block scales and
+codes of a weight by GPTQ, in Triton. See the functions for shapes.
 """
 
 from ._linear import (
@@ -34,12 +34,13 @@ __all__ = [
     "prepare_weight",
     "restore_weight",
     "rotate_quantize",
+    "search_scales",
 ]
 
 
 def __getattr__(name):
     """The GPTQ functions when they are first asked for: they need Triton, and importing it takes a while."""
-    if name not in ("gptq_descend", "gptq_solve"):
+    if name not in ("gptq_descend", "gptq_solve", "search_scales"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import _gptq
 

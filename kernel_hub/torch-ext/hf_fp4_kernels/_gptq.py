@@ -1,6 +1,7 @@
-"""The serial parts of GPTQ on an FP4 grid: the loop over columns, and the coordinate descent over codes and scales after it.
+"""The parts of GPTQ on an FP4 grid that are not matrix products: the search of block scales, the loop over columns, and the
+coordinate descent over codes and scales after it.
 
-A program takes a few rows of the weight and BLOCK of its columns. Columns are done in groups: what a column does to the
+In the last two a program takes a few rows of the weight and BLOCK of its columns. Columns are done in groups: what a column does to the
 rest of its group is applied at once, to the rest of the block when the group is done, to all later columns when the block
 is done, by one matrix product of torch (in the precision that torch is set to; this file needs real float32). Tensors are
 [K, N], one column of the weight contiguous.
@@ -166,6 +167,44 @@ def descend_kernel(
         tile = _subtract_products(tile, matrix_ptr + first * K, K, values - before, keep, BLOCK, SIZE)
 
 
+@triton.jit
+def search_kernel(
+    weight_ptr, base_ptr, steps_ptr, importance_ptr, global_ptr, scale_ptr, COUNT, PER_ROW,
+    NVFP4: tl.constexpr, WEIGHTED: tl.constexpr, STEPS: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """GROUPS groups of SIZE values each; COUNT groups in all, PER_ROW in a row of the weight."""
+    LOW: tl.constexpr = 1 if NVFP4 else 0
+    HIGH: tl.constexpr = 0x7E if NVFP4 else 254
+    groups = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    valid = groups < COUNT
+    within = tl.arange(0, SIZE)[None, :]
+    x = tl.load(weight_ptr + groups[:, None] * SIZE + within, mask=valid[:, None], other=0.0)
+    base = tl.load(base_ptr + groups, mask=valid, other=127).to(tl.int32)
+    divisor = tl.load(global_ptr)
+    importance = tl.zeros_like(x) + 1.0
+    if WEIGHTED:
+        importance = tl.load(importance_ptr + (groups % PER_ROW)[:, None] * SIZE + within)
+    best = base
+    least = tl.full([GROUPS], float("inf"), tl.float32)
+    for i in range(STEPS):
+        byte = tl.minimum(tl.maximum(base + tl.load(steps_ptr + i), LOW), HIGH)
+        unit, inverse = _step(byte, divisor, NVFP4)
+        missed = _round(x * inverse[:, None]) * unit[:, None] - x
+        error = tl.sum(missed * missed * importance, 1)
+        best = tl.where(error < least, byte, best)
+        least = tl.minimum(error, least)
+    tl.store(scale_ptr + groups, best.to(tl.uint8), mask=valid)
+
+
+def _group_and_dtype(format, global_scale):
+    """Group size and dtype of the stored scales."""
+    if format not in _GROUPS:
+        raise ValueError(f"format must be 'nvfp4' or 'mxfp4', got {format!r}")
+    if (format == "nvfp4") != (global_scale is not None):
+        raise ValueError("global_scale must be given for nvfp4, and only for it")
+    return _GROUPS[format], torch.float8_e4m3fn if format == "nvfp4" else torch.uint8
+
+
 def _check(group, square, **tensors):
     (name, first), *_ = tensors.items()
     for key, tensor in tensors.items():
@@ -177,6 +216,52 @@ def _check(group, square, **tensors):
     if square.dtype != torch.float32 or square.shape != (k, k):
         raise ValueError(f"the matrix must be float32 [{k}, {k}], got {square.dtype} {tuple(square.shape)}")
     return square.contiguous()  # a factorization returns its columns contiguous
+
+
+def search_scales(
+    weight: torch.Tensor,
+    base: torch.Tensor,
+    steps: tuple[int, ...],
+    format: str,
+    global_scale: torch.Tensor | None = None,
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Of the stored scales some steps from ``base`` on their grid, each group's with the least squared error.
+
+    Args:
+        weight: float32 [N, K], rotated; K a multiple of the format's group size.
+        base: stored scales [N, K/16] float8_e4m3fn ("nvfp4") or [N, K/32] uint8 E8M0 ("mxfp4").
+        steps: how far, in bytes, each candidate is from the base; an earlier one wins a tie. Bytes stay on the grid.
+        format: "nvfp4" or "mxfp4".
+        global_scale: the NVFP4 divisor, float32 [1]; None for MXFP4.
+        importance: float32 [K], what a squared error in each column counts; None: 1.
+
+    Returns:
+        Stored scales, of the shape and dtype of ``base``.
+    """
+    group, dtype = _group_and_dtype(format, global_scale)
+    n, k = weight.shape
+    if weight.dtype != torch.float32 or k % group:
+        raise ValueError(
+            f"weight must be float32 [N, K] with K a multiple of {group}, got {weight.dtype} {n} x {k}"
+        )
+    if base.dtype != dtype or base.shape != (n, k // group):
+        raise ValueError(f"base must be {dtype} [{n}, {k // group}], got {base.dtype} {tuple(base.shape)}")
+    if importance is not None and (importance.dtype != torch.float32 or importance.shape != (k,)):
+        raise ValueError(
+            f"importance must be float32 [{k}], got {importance.dtype} {tuple(importance.shape)}"
+        )
+    weight, base = weight.contiguous(), base.contiguous()
+    offsets = torch.tensor(steps, dtype=torch.int32, device=weight.device)
+    scale, groups = torch.empty_like(base), 64
+    if n:
+        with torch.cuda.device_of(weight):
+            search_kernel[(triton.cdiv(n * k // group, groups),)](
+                weight, base.view(torch.uint8), offsets, weight if importance is None else importance.contiguous(),
+                weight if global_scale is None else global_scale, scale.view(torch.uint8), n * k // group, k // group,
+                NVFP4=format == "nvfp4", WEIGHTED=importance is not None, STEPS=len(steps), SIZE=group, GROUPS=groups,
+            )  # fmt: skip
+    return scale
 
 
 def gptq_solve(
@@ -233,18 +318,13 @@ def gptq_descend(
         format: "nvfp4" or "mxfp4".
         global_scale: the NVFP4 divisor, float32 [1]; None for MXFP4.
     """
-    if format not in _GROUPS:
-        raise ValueError(f"format must be 'nvfp4' or 'mxfp4', got {format!r}")
-    nvfp4, group = format == "nvfp4", _GROUPS[format]
+    group, dtype = _group_and_dtype(format, global_scale)
     matrix = _check(group, matrix, target=target, current=current)
     k, n = current.shape
-    dtype = torch.float8_e4m3fn if nvfp4 else torch.uint8
     if scale.dtype != dtype or scale.shape != (k // group, n) or not scale.is_contiguous():
         raise ValueError(
             f"scale must be contiguous {dtype} [{k // group}, {n}], got {scale.dtype} {tuple(scale.shape)}"
         )
-    if nvfp4 != (global_scale is not None):
-        raise ValueError("global_scale must be given for nvfp4, and only for it")
     stored = scale.view(torch.uint8)
     moved = current.new_empty((min(BLOCK, k), n))
     with torch.cuda.device_of(current):
@@ -255,7 +335,7 @@ def gptq_descend(
                 descend_kernel[(triton.cdiv(n, ROWS),)](
                     current[start:], gradient[start:], stored[start // group :], matrix[start:, start:],
                     matrix if global_scale is None else global_scale, moved, n, k,
-                    NVFP4=nvfp4, COUNT=stop - start, SIZE=group, BLOCK=BLOCK, ROWS=ROWS, num_warps=1,
+                    NVFP4=format == "nvfp4", COUNT=stop - start, SIZE=group, BLOCK=BLOCK, ROWS=ROWS, num_warps=1,
                 )  # fmt: skip
                 if stop < k:
                     gradient[stop:].addmm_(matrix[stop:, start:stop], moved)
