@@ -21,6 +21,7 @@ _HOW_TO_LOAD = "pip install hf-fp4, then `import hf_fp4` before AutoModelForCaus
 LOADING_ATTRIBUTES = ("kernel_repo", "kernel_version", "trust_kernel_repo")
 """A checkpoint does not have these: whoever loads it says which kernels run."""
 
+_DESCENT_PASSES = {FP4Format.NVFP4: 3, FP4Format.MXFP4: 12}
 _NOT_SAVED = ("tokenizer", "batch_size", "calibration_device", "work_dir", *LOADING_ATTRIBUTES)
 
 
@@ -44,7 +45,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
             ``"mse"`` (mxfp4, its default: the better of two exponents).
         act_order: quantize columns by descending second moment of their input; costs nothing at run time.
         descent_passes: how often coordinate descent goes over all codes and block scales after the solve, which visits each
-            code only once; 0: not.
+            code only once; 0: not. The default is 3 for nvfp4 and 12 for mxfp4, whose scales are coarser.
         error_correction: share, 0 to 1, of the asymmetric correction that makes a layer aim at what the original model
             gives on its own inputs rather than on the quantized model's; 0 turns it off.
         damp_percent: added to the diagonal of the second moments, as a share of its mean.
@@ -76,7 +77,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
     scale_rule: str = "auto"
     activation_scale_rule: str | None = None
     act_order: bool = True
-    descent_passes: int = 3
+    descent_passes: int | None = None
     error_correction: float = 0.35
     damp_percent: float = 0.1
     dataset: Any = DEFAULT_DATASET
@@ -109,6 +110,8 @@ class MRGPTQConfig(QuantizationConfigMixin):
         if self.activation_scale_rule is None:
             self.activation_scale_rule = rules[-1]
         _one_of(f"activation_scale_rule for {self.format}", self.activation_scale_rule, rules)
+        if self.descent_passes is None:
+            self.descent_passes = _DESCENT_PASSES[self.fp4_format]
         _one_of("act_order", self.act_order, (True, False))
         _one_of("trust_kernel_repo", self.trust_kernel_repo, (True, False))
         if not isinstance(self.kernel_repo, str) or self.kernel_repo.count("/") != 1:

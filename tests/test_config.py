@@ -37,7 +37,7 @@ INVALID = {
         [0, 0.0, 1, 1.0, -0.1, float("nan"), "1%", None, True],
         r"damp_percent must be between 0 and 1 \(0.01 to 0.1 is usual\), got ",
     ),
-    "descent_passes": ([-1, 1.5, "3", None, True], r"descent_passes must be an integer of at least 0, got "),
+    "descent_passes": ([-1, 1.5, "3", True], r"descent_passes must be an integer of at least 0, got "),
     "num_samples": ([0, -1, 1.5, 128.0, "128", None, True], r"num_samples must be a positive integer, got "),
     "sequence_length": (
         [0, -1, 2048.0, "2k", None, True],
@@ -149,6 +149,13 @@ def test_defaults(format, activation_rule):
     for unset in ("tokenizer", "modules_to_not_convert", "work_dir", "modules", "calibration"):
         assert getattr(config, unset) is None
     assert MRGPTQConfig().format == "nvfp4"
+
+
+@pytest.mark.parametrize(("format", "passes"), [("nvfp4", 3), ("mxfp4", 12)])
+def test_the_default_number_of_descent_passes_is_the_format_s(format, passes):
+    assert MRGPTQConfig(format=format).descent_passes == passes
+    assert MRGPTQConfig(format=format, descent_passes=1).descent_passes == 1
+    assert MRGPTQConfig.paper(format).descent_passes == 0
 
 
 @pytest.mark.parametrize(

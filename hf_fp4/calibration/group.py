@@ -209,7 +209,7 @@ class Group:
         own, global_scale = weight[team.rows(len(weight))], self._global_scale(weight)
         scale = self._scales(own, second, global_scale)
         rounded = round_weight(own, scale, self._format, global_scale)
-        part = self._codes(own, scale, damped, global_scale, config.descent_passes)
+        part = self._codes(own, scale, damped, global_scale, config.descent_passes or 0)
         differences = (own, own - rounded.dequantize(), own - part.dequantize())
         power = team.sum_(torch.stack([output_power(each, second) for each in differences])).tolist()
         packed, scales = (team.join_rows(tensor, len(weight)) for tensor in (part.packed, part.scale))
