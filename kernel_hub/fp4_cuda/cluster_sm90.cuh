@@ -200,7 +200,9 @@ void launch_divided(Kernel kernel, const ClusterCounts& active, const BlockCost&
   const int token_blocks = (p.m + tokens - 1) / tokens, row_blocks = (p.n + rows - 1) / rows;
   const Division d = p.split % 100 > 0 ? division_of(p.split % 100, active)
                                        : choose_division(active, cost, token_blocks, row_blocks, p.k_tiles);
-  const float factor = operand == Operand::kFp16 && format == Format::kMxfp4 ? 0.5f : 1.0f;
+  const float factor = operand == Operand::kE4m3                                    ? kFactorE4m3
+                       : operand == Operand::kFp16 && format == Format::kMxfp4 ? 0.5f
+                                                                               : 1.0f;
   launch_after(kernel, dim3(d.split * d.share, token_blocks, (row_blocks + d.share - 1) / d.share), dim3(threads), smem,
                d.split * d.share, stream, GemmArgs{p, factor, d.split});
 }

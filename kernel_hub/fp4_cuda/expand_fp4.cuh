@@ -94,10 +94,9 @@ __device__ __forceinline__ void expand_word_e4m3(uint32_t w, uint2 table, uint32
   second = __byte_perm(table.x, table.y, select1) | ((w << 4) & 0x80808080u);
 }
 
-// One lane's 2 rows x 16 k -> the A fragments of two k32 steps.
-__device__ __forceinline__ void expand8(uint4 raw, uint32_t scales, uint32_t (&a)[2][4]) {
-  const uint2 t0 = e4m3_table(kTopScaleMxfp4 - static_cast<int>(scales & 0xFF));
-  const uint2 t1 = e4m3_table(kTopScaleMxfp4 - static_cast<int>(scales >> 8));
+// One lane's 2 rows x 16 k -> the A fragments of two k32 steps. t0, t1: the tables of rows g and g+8. Of the 16 k, register
+// 2h + row of step j has 8j + 4h + {0, 2, 1, 3}.
+__device__ __forceinline__ void expand8(uint4 raw, uint2 t0, uint2 t1, uint32_t (&a)[2][4]) {
   expand_word_e4m3(raw.x, t0, a[0][0], a[0][2]);
   expand_word_e4m3(raw.y, t0, a[1][0], a[1][2]);
   expand_word_e4m3(raw.z, t1, a[0][1], a[0][3]);

@@ -18,7 +18,8 @@ struct ActivationProblem {
   int hadamard;         // 0 or 16..128
   int rule;             // ScaleRule
   int format;           // Format
-  int operand;          // Operand of the output; E4M3 is row-major
+  int operand;          // Operand of the output
+  bool rows;            // E4M3: row-major, for the library's product, instead of tiles
   bool quantize;        // false: rotate only
   bool packed;          // codes and row-major scales instead of tiles
   bool natural;         // tiled output for run_gemv

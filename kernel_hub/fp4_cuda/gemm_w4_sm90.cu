@@ -1,8 +1,8 @@
 // y[M, N] = tokens x FP4 weight^T on Hopper's tensor cores, for more than a few tokens.
 //
 // wgmma takes only operand A from registers, so the weights are A (64 rows a warpgroup), expanded from FP4 in registers
-// with their block scales folded in (exact: E2M1 x E4M3 has 6 significant bits), and the tokens are B (32..256 tokens a
-// tile) in shared memory. A producer warp streams prepared weight tiles and token tiles with bulk copies into a ring of
+// with their block scales folded in (exact: E2M1 x E4M3 has 6 significant bits, and E2M1 x 2^e is an E4M3 number), and the
+// tokens are B (32..256 tokens a tile) in shared memory. A producer warp streams prepared weight tiles and token tiles with bulk copies into a ring of
 // stages; two consumer warpgroups expand and multiply. With few blocks the k range is split over the blocks of a cluster,
 // which add up through distributed shared memory in a fixed order, so that the result is the same every time and no
 // workspace exists. Blocks of a cluster with neighbouring rows share the tokens they fetch.
@@ -16,31 +16,37 @@ namespace {
 constexpr int kGroups = 2;           // consumer warpgroups
 constexpr int kRows = 64 * kGroups;  // output features of a block
 constexpr int kConsumers = 128 * kGroups;
+// E4M3: the tensor cores add up so many tiles of 64 k before the sums go on in FP32. Inside, they keep about 14 bits.
+constexpr int kPromoteTiles = 2;
 
 // Sizes by tokens of a tile. Few tokens: two blocks per multiprocessor.
-template <int kTokens>
+template <Operand kOperand, int kTokens>
 struct Shape {
+  static constexpr bool kE4m3 = kOperand == Operand::kE4m3;
   // Accumulators of wide token tiles need more registers than an even share: the producer is then a whole warpgroup,
   // which hands its registers over.
   static constexpr bool kMoveRegisters = kTokens >= 128;
   static constexpr int kThreads = kConsumers + (kMoveRegisters ? 128 : 32);
   static constexpr int kBlocksPerSm = kTokens <= 64 ? 2 : 1;
-  static constexpr int kTilesPerStage = kTokens == 32 ? 4 : kTokens <= 128 ? 2 : 1;
-  static constexpr int kStages = kTokens == 32 ? 3 : kTokens == 64 ? 4 : 5;
+  static constexpr int kTilesPerStage = kE4m3 ? kPromoteTiles : kTokens == 32 ? 4 : kTokens <= 128 ? 2 : 1;
+  static constexpr int kStages = kE4m3 ? (kTokens == 64 ? 6 : kTokens == 256 ? 5 : 8)
+                                       : (kTokens == 32 ? 3 : kTokens == 64 ? 4 : 5);
 };
 
-template <Format kFormat, int kTokens>
-struct Traits : Shape<kTokens> {
-  using S = Shape<kTokens>;
+template <Operand kOperand, Format kFormat, int kTokens>
+struct Traits : Shape<kOperand, kTokens> {
+  using S = Shape<kOperand, kTokens>;
   static constexpr int kWeightTile = tile_bytes(kFormat);
-  static constexpr int kTokenTile = kTokens * 128;
+  static constexpr int kTokenTile = kTokens * kTileK * (S::kE4m3 ? 1 : 2);
   static constexpr int kWeightStage = S::kTilesPerStage * kWeightTile;  // of one warpgroup
   static constexpr int kTokenOffset = (kGroups * kWeightStage + 127) / 128 * 128;
   static constexpr int kStageBytes = kTokenOffset + S::kTilesPerStage * kTokenTile;
   static constexpr int kReduceStride = kRows + 4;  // what write_output reads
   static constexpr int kReduceBytes = kTokens * kReduceStride * 4;
   static constexpr int kRing = S::kStages * kStageBytes > kReduceBytes ? S::kStages * kStageBytes : kReduceBytes;
-  static constexpr int kSmem = kRing + 256 + 128;  // barriers, alignment
+  static constexpr int kTableOffset = kRing + 256;   // after the barriers
+  static constexpr int kTableBytes = S::kE4m3 ? 256 * 8 : 0;
+  static constexpr int kSmem = kTableOffset + kTableBytes + 128;  // 128: alignment
 };
 
 // No-swizzle K-major operand: 8 tokens x 16 bytes are contiguous, the next 8 tokens 128 bytes on, the next 16 bytes of k
@@ -129,7 +135,7 @@ struct Cursor {
 
 // While the tensor cores multiply tile i, tile i + 1 is expanded into the other register buffer.
 template <class T, Operand kOperand, Format kFormat, int kTokens>
-__device__ __forceinline__ void consume(const Ring<T>& ring, const ClusterPlace& place, int tiles,
+__device__ __forceinline__ void consume16(const Ring<T>& ring, const ClusterPlace& place, int tiles,
                                         float (&acc)[kTokens / 2]) {
   constexpr int kPerStage = T::kTilesPerStage, kUnroll = kPerStage < 2 ? 2 : kPerStage;
   const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
@@ -177,6 +183,83 @@ __device__ __forceinline__ void consume(const Ring<T>& ring, const ClusterPlace&
   wgmma_wait<0>();
 }
 
+// The E4M3 bytes of all codes under a prepared scale byte: table[byte].
+__device__ __forceinline__ uint2 load_table(uint32_t table, uint32_t byte) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(table + byte * 8));
+  return v;
+}
+
+// A stage's tiles are multiplied into `sums`, which then are added to `acc`: one warpgroup adds while the other multiplies.
+// 256 tokens leave no registers for all sums: they are taken 128 tokens at a time. Tile 1 is expanded while the tensor
+// cores multiply tile 0, and the next stage's tile 0 while they multiply tile 1.
+//
+// Per 64 k, the tensor cores of a multiprocessor need 2 x kTokens cycles. From L2 it takes 4352 bytes of weights and
+// 64 x kTokens / share of tokens, of about 24 bytes a cycle: 256 tokens are 40 bytes a cycle alone, 25 shared by two
+// blocks, 17 by four; 128 tokens 49, 33 and 25.
+template <class T, int kTokens>
+__device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, const ClusterPlace& place, int tiles, uint32_t table,
+                                             float (&acc)[kTokens / 2]) {
+  static_assert(kPromoteTiles == 2 && T::kTilesPerStage == 2);
+  constexpr int kPart = kTokens < 128 ? kTokens : 128, kParts = kTokens / kPart;
+  const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const uint32_t codes = group * T::kWeightStage + codes_offset(slice, lane);
+  const uint32_t scales = group * T::kWeightStage + scales_offset(Format::kMxfp4, slice, lane);
+  uint32_t a[2][2][4];
+  float sums[kPart / 2] = {};
+  auto expand = [&](uint32_t stage, int tile) {
+    const uint32_t base = stage + tile * T::kWeightTile, s = load_shared2(base + scales);
+    const uint4 raw = load_shared16(base + codes);
+    expand8(raw, load_table(table, s & 0xFF), load_table(table, s >> 8), a[tile]);
+  };
+  auto multiply = [&](uint32_t stage, int tile, int part) {
+    const uint32_t tokens = stage + T::kTokenOffset + tile * T::kTokenTile + part * kPart * 16;
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      Wgmma<Operand::kE4m3, kPart>::run(sums, a[tile][j], token_descriptor<kTokens>(tokens + j * kTokens * 32), tile + j > 0);
+    wgmma_commit();
+  };
+  auto promote = [&](int part) {
+    wgmma_wait<0>();
+#pragma unroll
+    for (int r = 0; r < kPart / 2; ++r) {
+      asm volatile("" : "+f"(sums[r]));  // not before the wait
+      acc[part * (kPart / 2) + r] += sums[r];
+    }
+  };
+
+  if (tiles == 0) return;
+  Cursor<T> at;
+  uint32_t stage = ring.stage(0);
+  barrier_wait(ring.full(0), 0);
+  expand(stage, 0);
+  for (int i = 0; i < tiles; i += 2) {
+    const bool two = i + 1 < tiles, more = i + 2 < tiles, filled_again = i + 2 * T::kStages < tiles;
+    const uint32_t this_stage = stage, empty = ring.empty(at.stage);
+    multiply(this_stage, 0, 0);
+    if (two) {
+      expand(this_stage, 1);
+      multiply(this_stage, 1, 0);
+    }
+#pragma unroll
+    for (int part = 1; part < kParts; ++part) {
+      promote(part - 1);
+      multiply(this_stage, 0, part);
+      if (two) multiply(this_stage, 1, part);
+    }
+    if (more) {
+      at.next();
+      stage = ring.stage(at.stage);
+      barrier_wait(ring.full(at.stage), at.phase);
+      wgmma_wait<1>();  // tile 0 has been multiplied: its registers are free
+      expand(stage, 0);
+    }
+    promote(kParts - 1);
+    if (filled_again) place.release(empty);
+  }
+}
+
 template <class T, int kTokens>
 __device__ __forceinline__ void store_accumulators(float* reduce, const float (&acc)[kTokens / 2]) {
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -194,9 +277,9 @@ __device__ __forceinline__ void store_accumulators(float* reduce, const float (&
 __device__ __forceinline__ void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
 
 template <Operand kOperand, Format kFormat, int kTokens>
-__global__ void __launch_bounds__(Shape<kTokens>::kThreads, Shape<kTokens>::kBlocksPerSm)
+__global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOperand, kTokens>::kBlocksPerSm)
     gemm_w4_kernel(const __grid_constant__ GemmArgs args) {
-  using T = Traits<kFormat, kTokens>;
+  using T = Traits<kOperand, kFormat, kTokens>;
   extern __shared__ uint8_t raw[];
   const GemmProblem& p = args.p;
   const uint32_t base = (smem_address(raw) + 127) & ~127u;
@@ -213,6 +296,10 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, Shape<kTokens>::kBlo
       barrier_init(ring.empty(s), 4 * kGroups * place.share);
     }
     barrier_init_fence();
+  }
+  if constexpr (T::kE4m3) {
+    uint2* table = reinterpret_cast<uint2*>(raw + (base - smem_address(raw)) + T::kTableOffset);
+    if (threadIdx.x < 256) table[threadIdx.x] = e4m3_table(kTopScaleMxfp4 - static_cast<int>(threadIdx.x));
   }
   __syncthreads();
   if (clustered) cluster_arrive_relaxed();  // the other blocks may use this one's barriers: barrier_init_fence
@@ -231,7 +318,8 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, Shape<kTokens>::kBlo
     float acc[kTokens / 2];
 #pragma unroll
     for (int r = 0; r < kTokens / 2; ++r) acc[r] = 0.0f;
-    consume<T, kOperand, kFormat, kTokens>(ring, place, k.count, acc);
+    if constexpr (T::kE4m3) consume_e4m3<T, kTokens>(ring, place, k.count, base + T::kTableOffset, acc);
+    else consume16<T, kOperand, kFormat, kTokens>(ring, place, k.count, acc);
 
     grid_dependency_wait();
     consumer_sync();  // every stage has been read: the ring becomes the reduction buffer
@@ -242,11 +330,13 @@ __global__ void __launch_bounds__(Shape<kTokens>::kThreads, Shape<kTokens>::kBlo
 
 template <Operand kOperand, Format kFormat, int kTokens>
 void launch(const GemmProblem& p, cudaStream_t stream) {
-  using T = Traits<kFormat, kTokens>;
+  using T = Traits<kOperand, kFormat, kTokens>;
   const auto kernel = gemm_w4_kernel<kOperand, kFormat, kTokens>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSmem), "shared memory");
   static const ClusterCounts active = count_clusters(kernel, T::kThreads, T::kSmem);
-  const BlockCost cost{kGroups * T::kWeightTile, T::kTokenTile, T::kReduceBytes, kGroups * kTokens * 1.2f};
+  // E4M3 has twice the tensor cores' rate, and of few tokens the expansion takes longer.
+  const float math_ns = kGroups * (T::kE4m3 ? kTokens * 0.6f + 20 : kTokens * 1.2f);
+  const BlockCost cost{kGroups * T::kWeightTile, T::kTokenTile, T::kReduceBytes, math_ns};
   launch_divided(kernel, active, cost, kRows, kTokens, T::kThreads, T::kSmem, kOperand, kFormat, p, stream);
 }
 
@@ -266,6 +356,7 @@ void dispatch_tokens(const GemmProblem& p, cudaStream_t stream) {
 
 void run_gemm_sm90(const GemmProblem& p, cudaStream_t stream) {
   if (p.m == 0) return;
+  if (p.operand == static_cast<int>(Operand::kE4m3)) return dispatch_tokens<Operand::kE4m3, Format::kMxfp4>(p, stream);
   const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
   if (p.operand == static_cast<int>(Operand::kBf16)) {
     return nvfp4 ? dispatch_tokens<Operand::kBf16, Format::kNvfp4>(p, stream)
