@@ -44,22 +44,6 @@ __device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token
   for (int c = 0; c < 8; ++c) out[c * a.token_tile * 4] = pack16(q.v[2 * c] * s, q.v[2 * c + 1] * s, T());
 }
 
-__device__ __forceinline__ uint32_t pack8(float a, float b, float c, float d) {
-  const uint32_t lo = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
-  const uint32_t hi = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
-  return lo | (hi << 16);
-}
-
-// E4M3 tiles: chunk c holds values 4c, 4c+2, 4c+1, 4c+3 of each of the four lanes of a 64-block, the order of expand8.
-__device__ __forceinline__ void store_tiled8(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
-  const int tile = token / a.token_tile, row = token % a.token_tile;
-  const int64_t block = static_cast<int64_t>(tile) * (a.k_padded / 64) + k0 / 64;
-  uint32_t* out = reinterpret_cast<uint32_t*>(a.out) + block * (a.token_tile * 16) + row * 4 + (k0 / 16) % 4;
-#pragma unroll
-  for (int c = 0; c < 4; ++c)
-    out[c * a.token_tile * 4] = pack8(q.v[4 * c] * s, q.v[4 * c + 2] * s, q.v[4 * c + 1] * s, q.v[4 * c + 3] * s);
-}
-
 // Row-major E4M3 [M, K] for a library product.
 __device__ __forceinline__ void store_rows8(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
   uint32_t w[4];
@@ -101,7 +85,9 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
     if (!store) return;
     if constexpr (O == Output::kTiled16) store_tiled16<__nv_bfloat16>(a, token, k0, q, exp2_int(e));
     const float relative = exp2_int(max(e - token_exponent, -40));
-    if constexpr (O == Output::kTiled8) store_tiled8(a, token, k0, q, relative);
+    if constexpr (O == Output::kTiled8) {
+      store_tiled8(static_cast<uint8_t*>(a.out), a.token_tile, a.k_padded, token, k0, q, relative);
+    }
     if constexpr (O == Output::kRows8) {
       if (k0 < a.k) store_rows8(a, token, k0, q, relative);
     }
