@@ -20,6 +20,7 @@ struct GemmArgs {
   GemmProblem p;
   float factor;  // of this operand type, on top of row_scale
   int split;
+  int items;  // tiles of tokens x groups of row blocks
 };
 
 // This block in its cluster. Grid: x is the cluster, y the tile of tokens, z the group of row blocks.
@@ -33,7 +34,8 @@ struct ClusterPlace {
         share(gridDim.x / args.split),
         part(blockIdx.x % args.split),
         peer(blockIdx.x / args.split),
-        row_block(blockIdx.z * share + peer) {}
+        row_block(row_block_of(blockIdx.z)) {}
+  __device__ __forceinline__ int row_block_of(int group) const { return group * share + peer; }
   __device__ __forceinline__ int rank(int part_, int peer_) const { return peer_ * split + part_; }
   // Bits of the blocks with this part of K.
   __device__ __forceinline__ uint16_t sharers() const {
@@ -210,17 +212,22 @@ inline Division division_of(int forced, const ClusterCounts& active) {
   return d;
 }
 
+// takes_items: where there are more clusters than fit on the GPU and K is not divided, the kernel takes a grid of those that
+// fit, and each of them does several one after the other.
 template <typename Kernel>
 void launch_divided(Kernel kernel, const ClusterCounts& active, const BlockCost& cost, int rows, int tokens, int threads,
-                    int smem, Operand operand, Format format, const GemmProblem& p, cudaStream_t stream) {
+                    int smem, Operand operand, Format format, bool takes_items, const GemmProblem& p,
+                    cudaStream_t stream) {
   const int token_blocks = (p.m + tokens - 1) / tokens, row_blocks = (p.n + rows - 1) / rows;
   const Division d = p.split % 100 > 0 ? division_of(p.split % 100, active)
                                        : choose_division(active, cost, token_blocks, row_blocks, p.k_tiles);
   const float factor = operand == Operand::kE4m3                                    ? kFactorE4m3
                        : operand == Operand::kFp16 && format == Format::kMxfp4 ? 0.5f
                                                                                : 1.0f;
-  launch_after(kernel, dim3(d.split * d.share, token_blocks, (row_blocks + d.share - 1) / d.share), dim3(threads), smem,
-               d.split * d.share, stream, GemmArgs{p, factor, d.split});
+  const int size = d.split * d.share, groups = (row_blocks + d.share - 1) / d.share;
+  const bool some = takes_items && d.split == 1 && token_blocks * groups > active[size];
+  const dim3 grid = some ? dim3(size, 1, active[size]) : dim3(size, token_blocks, groups);
+  launch_after(kernel, grid, dim3(threads), smem, size, stream, GemmArgs{p, factor, d.split, token_blocks * groups});
 }
 
 }  // namespace fp4

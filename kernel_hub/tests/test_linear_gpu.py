@@ -194,10 +194,9 @@ def test_ties_round_to_even(kernels):
 
 
 def product(kernels, tokens, prepared, bias, m, dtype, split, operand=None):
-    """tokens: the operand's bytes and their multiplier. The memory that the result will have is not a result before."""
+    """tokens: the operand's bytes and their multiplier."""
     if operand is None:
         operand = "bf16" if dtype == torch.bfloat16 else "fp16"
-    torch.full((m, prepared.row_scale.numel()), float("nan"), device="cuda", dtype=dtype)
     return kernels._linear.ops.prepared_gemm(
         *tokens[:2], *prepared, bias, m, kernels._linear.OPERANDS[operand], dtype == torch.bfloat16, split
     )

@@ -40,15 +40,17 @@ int64_t tokens_of(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t kGemvTokens = 16;
-// From here on expanding an mxfp4 weight to E4M3 and calling the library's FP8 product, which writes bf16 only, is the
-// fastest way. For few tokens bf16 operands hold mxfp4 values just as exactly.
-constexpr int64_t kLibraryTokens = 2048;
+// mxfp4 W4A4: so many tokens are multiplied in E4M3, expanded inside the product; for fewer, bf16 operands hold the values
+// just as exactly. So many are left to the library's FP8 product, which writes bf16 only, after the weight was expanded.
+// The same numbers are in _cuda.py.
+constexpr int64_t kE4m3Tokens = 17, kLibraryTokens = 2048;
 
 // What m tokens are made into: kBf16, kFp16, kE4m3Tiles or kE4m3Rows.
 int64_t operand_for(int64_t m, int64_t operand, bool out_is_bf16) {
   if (operand < kE4m3) return operand;
   if (m <= kGemvTokens) return kBf16;
   if (operand != kE4m3) return operand;
+  if (m < kE4m3Tokens) return kBf16;
   return m >= kLibraryTokens && out_is_bf16 ? kE4m3Rows : kE4m3Tiles;
 }
 

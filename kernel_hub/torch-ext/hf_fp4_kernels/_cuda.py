@@ -19,15 +19,20 @@ def _div_up(a, b):
     return (a + b - 1) // b
 
 
+_GEMV_TOKENS, _E4M3_TOKENS, _LIBRARY_TOKENS = 16, 17, 2048  # of torch_binding.cpp
+
+
 def _operand_for(m, operand, dtype):
     """What m tokens are made into: operand_for in torch_binding.cpp. Rows are for the library's product; else tiles."""
     if operand < OPERANDS["e4m3"]:
         return operand
-    if m <= 16:
+    if m <= _GEMV_TOKENS:
         return OPERANDS["bf16"]
     if operand != OPERANDS["e4m3"]:
         return operand
-    return OPERANDS["e4m3_rows" if m >= 2048 and dtype == torch.bfloat16 else "e4m3_tiles"]
+    if m < _E4M3_TOKENS:
+        return OPERANDS["bf16"]
+    return OPERANDS["e4m3_rows" if m >= _LIBRARY_TOKENS and dtype == torch.bfloat16 else "e4m3_tiles"]
 
 
 def _token_tile(m):
