@@ -1,10 +1,10 @@
-"""Times every variant of the products with few tokens (`split` of prepared_gemm) on the linears of Llama-3.1-8B.
+"""Times every way to multiply tokens (operand and `split` of prepared_gemm) on the linears of Llama-3.1-8B.
 
-    python benchmarks/sweep_variants.py [--m 1 64] [--json out.json]
+    python benchmarks/sweep_variants.py [--m 1 64] [--format mxfp4] [--operand e4m3_tiles e4m3_rows] [--json out.json]
 
 Whole linears (rotation, activation quantization, product) in CUDA graphs with cold weights, like benchmark_linear.py; one
 line per problem: `linear` (the released choice; one or two tokens take a single kernel), then the variants, fastest
-first. A variant whose result is wrong, or differs between two runs, or that raises, is FAILED and not timed. The work is
+first. Variants are named 1000 * operand + split (problems.choices). A variant whose result is wrong, or differs between two runs, or that raises, is FAILED and not timed. The work is
 done by a second process, so that a variant that hangs or breaks the CUDA context costs a restart and not the sweep.
 """
 
@@ -21,8 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from problems import FLOORS, LLAMA_8B, Mode, variants
+from problems import FLOORS, LLAMA_8B, Mode, choices
 
+OPERANDS = {"bf16": 0, "e4m3_tiles": 3, "e4m3_rows": 4}  # of _cuda.py, those that a variant can name
 MODES = {"nvfp4": Mode("nvfp4", "fp4", 16), "mxfp4": Mode("mxfp4", "fp4", 32)}
 LINEAR = 0  # in the place of a variant: the op as released
 START_SECONDS, TASK_SECONDS = 60, 10  # silence after which the worker counts as hung
@@ -30,14 +31,16 @@ MOST_CRASHES = 2  # of one kernel; then its other variants are left out
 REPLAYS = 5
 
 
-def tasks(sizes):
+def tasks(sizes, formats, operands):
     """(M, format, layer, variant): a problem's variants follow each other."""
+    numbers = [OPERANDS[name] for name in operands]
     return [
         (m, format, layer, variant)
         for m in sizes
-        for format in MODES
+        for format in formats
         for layer in LLAMA_8B
-        for variant in [LINEAR, *variants(m)]
+        for variant in [LINEAR, *choices(m, format)]
+        if variant == LINEAR or variant // 1000 in numbers
     ]
 
 
@@ -98,7 +101,9 @@ class Problems:
         x, g, exact, limit = self.problem(m, format, layer)
         prepared = self.weight(format, layer)[1]
         linear, mode = self.kernels._linear, MODES[format]
-        operand = linear.OPERANDS["e4m3" if format == "mxfp4" else "bf16"]
+        operand, split = variant // 1000, variant % 1000
+        if variant == LINEAR and format == "mxfp4":
+            operand = linear.OPERANDS["e4m3"]
 
         def call(p):
             if variant == LINEAR:
@@ -106,7 +111,7 @@ class Problems:
             tokens = linear.ops.prepare_activation(
                 x, g, linear.FORMATS[format], operand, True, mode.hadamard, 0
             )
-            return linear.ops.prepared_gemm(*tokens, *p, None, m, operand, True, variant)
+            return linear.ops.prepared_gemm(*tokens, *p, None, m, operand, True, split)
 
         first, second = call(prepared[-1]), call(prepared[0])
         error = ref.relative_error(first, exact)
@@ -189,10 +194,10 @@ def report(problem, results) -> None:
     print(" | ".join(cells), flush=True)
 
 
-def summary(results, sizes) -> None:
+def summary(results, sizes, formats) -> None:
     """Per layer sums: as released, and with the fastest variant of each linear."""
     for m in sizes:
-        for format in MODES:
+        for format in formats:
             rows = [results.get((m, format, layer), {}) for layer in LLAMA_8B]
             if not all("us" in row.get(LINEAR, {}) for row in rows):
                 continue
@@ -203,9 +208,8 @@ def summary(results, sizes) -> None:
             )
 
 
-def sweep(sizes, seconds):
+def sweep(todo, seconds):
     results, crashes, worker, begin = {}, Counter(), None, time.monotonic()
-    todo = tasks(sizes)
     for i, task in enumerate(todo):
         m, format, layer, variant = task
         kernel, problem = kernel_of(m, variant), (m, format, layer)
@@ -236,14 +240,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--m", type=int, nargs="+", default=[64, 1, 128, 16, 32, 2, 17, 8, 96])
+    parser.add_argument("--format", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--operand", nargs="+", default=list(OPERANDS), choices=list(OPERANDS))
     parser.add_argument("--seconds", type=float, default=90, help="no new variant is started after this long")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work()
-    results = sweep(args.m, args.seconds)
-    summary(results, args.m)
+    results = sweep(tasks(args.m, args.format, args.operand), args.seconds)
+    summary(results, args.m, args.format)
     if args.json:
         flat = [{"problem": list(p), "variant": v, **r} for p, row in results.items() for v, r in row.items()]
         args.json.write_text(json.dumps(flat, indent=1))

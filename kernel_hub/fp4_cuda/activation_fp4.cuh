@@ -146,4 +146,22 @@ __device__ __forceinline__ void store_natural(uint4* block, int token, int k0, c
   }
 }
 
+__device__ __forceinline__ uint32_t pack8(float a, float b, float c, float d) {
+  const uint32_t lo = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+  const uint32_t hi = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
+  return lo | (hi << 16);
+}
+
+// 16 values, times s, into E4M3 tiles (gemm_w4_sm90.cu): chunk c holds values 4c, 4c+2, 4c+1, 4c+3 of each of the four
+// lanes of a 64-block, the order of expand8.
+__device__ __forceinline__ void store_tiled8(uint8_t* out, int token_tile, int k_padded, int token, int k0, const Chunk& q,
+                                             float s) {
+  const int tile = token / token_tile, row = token % token_tile;
+  const int64_t block = static_cast<int64_t>(tile) * (k_padded / 64) + k0 / 64;
+  uint32_t* word = reinterpret_cast<uint32_t*>(out) + block * (token_tile * 16) + row * 4 + (k0 / 16) % 4;
+#pragma unroll
+  for (int c = 0; c < 4; ++c)
+    word[c * token_tile * 4] = pack8(q.v[4 * c] * s, q.v[4 * c + 2] * s, q.v[4 * c + 1] * s, q.v[4 * c + 3] * s);
+}
+
 }  // namespace fp4

@@ -1,11 +1,12 @@
-// Rotate and quantize tokens. Memory-bound: each value is read once (twice with a per-token range) and written once.
+// Rotate and quantize tokens. Memory-bound: each value is read once (twice by longer tokens with a per-token range) and
+// written once.
 //
 // The product that follows may start before this kernel's own wait: until it has waited too, it reads only weights, and by
 // the end of this kernel everything before has ended as well.
 //
 // One thread holds 16 consecutive values of a token: one nvfp4 block, half an mxfp4 block, four butterflies of the
 // Hadamard transform; 8 neighbouring lanes hold 128 values, the longest transform. Outputs:
-//   tiled: what gemm_w4_sm90.cu reads, [token tiles, K/64, 8 chunks, tokens of a tile, 16 bytes]
+//   tiled: what gemm_w4_sm90.cu reads, [token tiles, K/64, 8 chunks (E4M3: 4), tokens of a tile, 16 bytes]
 //   natural: what gemv_w4_mma.cu reads, [K/64, 8 or 16 tokens, 2 halves, 4 lanes, 8 values]; odd tokens swap the halves,
 //     so that shared memory is read without bank conflicts
 //   rows: E4M3 [M, K] for the library's FP8 product
@@ -48,11 +49,8 @@ __device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token
 __device__ __forceinline__ void store_rows8(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
   uint32_t w[4];
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const uint32_t lo = __nv_cvt_float2_to_fp8x2(make_float2(q.v[4 * c] * s, q.v[4 * c + 1] * s), __NV_SATFINITE, __NV_E4M3);
-    const uint32_t hi = __nv_cvt_float2_to_fp8x2(make_float2(q.v[4 * c + 2] * s, q.v[4 * c + 3] * s), __NV_SATFINITE, __NV_E4M3);
-    w[c] = lo | (hi << 16);
-  }
+  for (int c = 0; c < 4; ++c)
+    w[c] = pack8(q.v[4 * c] * s, q.v[4 * c + 1] * s, q.v[4 * c + 2] * s, q.v[4 * c + 3] * s);
   *reinterpret_cast<uint4*>(static_cast<uint8_t*>(a.out) + static_cast<int64_t>(token) * a.k + k0) =
       make_uint4(w[0], w[1], w[2], w[3]);
 }
@@ -76,7 +74,7 @@ __device__ __forceinline__ void store_plain(const ActivationArgs& a, int token, 
   out[1] = make_uint4(w[4], w[5], w[6], w[7]);
 }
 
-enum class Output : int { kRotated = 0, kTiled16 = 1, kPacked = 2, kRows8 = 3, kPlain = 4, kRotatedPlain = 5 };
+enum class Output : int { kRotated, kTiled16, kPacked, kRows8, kTiled8, kPlain, kRotatedPlain };
 
 // Everything that follows the token's range: quantize one chunk and store it.
 template <typename T, Format F, Output O>
@@ -102,8 +100,12 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
     if (!store) return;
     if constexpr (O == Output::kTiled16) store_tiled16<__nv_bfloat16>(a, token, k0, q, exp2_int(e));
     if constexpr (O == Output::kPlain) store_plain<__nv_bfloat16>(a, token, k0, q, exp2_int(e));
+    const float relative = exp2_int(max(e - token_exponent, -40));
+    if constexpr (O == Output::kTiled8) {
+      store_tiled8(static_cast<uint8_t*>(a.out), a.token_tile, a.k_padded, token, k0, q, relative);
+    }
     if constexpr (O == Output::kRows8) {
-      if (k0 < a.k) store_rows8(a, token, k0, q, exp2_int(max(e - token_exponent, -40)));
+      if (k0 < a.k) store_rows8(a, token, k0, q, relative);
     }
     if constexpr (O == Output::kPacked) {
       if (k0 >= a.k) return;
@@ -131,7 +133,10 @@ __global__ void __launch_bounds__(128) activation_static_kernel(const Activation
   finish_chunk<T, F, O>(a, token, k0, c, global, 0, token < a.m && k0 < a.k_padded);
 }
 
-// One block per token: the first pass finds the token's largest rotated value, the second quantizes under it.
+// One block per token: the first pass finds the token's largest rotated value, the second quantizes under it. A thread's
+// first chunks stay in registers in between.
+constexpr int kHeld = 2;
+
 template <typename T, Format F, Output O>
 __global__ void __launch_bounds__(512) activation_dynamic_kernel(const ActivationArgs a) {
   grid_dependency_launch();
@@ -141,13 +146,22 @@ __global__ void __launch_bounds__(512) activation_dynamic_kernel(const Activatio
   const T* x = static_cast<const T*>(a.x) + static_cast<int64_t>(token) * a.k;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
-  float amax = 0.0f;
-  for (int base = 0; base < a.k_padded; base += blockDim.x * kValues) {
-    const int k0 = base + threadIdx.x * kValues;
+  const int stride = blockDim.x * kValues, k_first = threadIdx.x * kValues;
+  auto rotated = [&](int k0) {
     Chunk c = load_chunk(x + k0, k0 < a.k);
     rotate(c, a.hadamard);
-    amax = fmaxf(amax, amax_of(c));
+    return c;
+  };
+
+  float amax = 0.0f;
+  Chunk held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (i * stride >= a.k_padded) break;
+    held[i] = rotated(k_first + i * stride);
+    amax = fmaxf(amax, amax_of(held[i]));
   }
+  for (int base = kHeld * stride; base < a.k_padded; base += stride) amax = fmaxf(amax, amax_of(rotated(k_first + base)));
 #pragma unroll
   for (int h = 16; h > 0; h /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, h));
   if (lane == 0) warp_max[warp] = amax;
@@ -166,12 +180,14 @@ __global__ void __launch_bounds__(512) activation_dynamic_kernel(const Activatio
     token_exponent = exponent_of_block(amax) + (a.rule == ScaleRule::kMse ? 1 : 0) - 6;
     if (threadIdx.x == 0) a.token_scale[token] = ldexpf(1.0f, token_exponent);
   }
-  for (int base = 0; base < a.k_padded; base += blockDim.x * kValues) {
-    const int k0 = base + threadIdx.x * kValues;
-    Chunk c = load_chunk(x + k0, k0 < a.k);
-    rotate(c, a.hadamard);
+  auto finish = [&](int k0, const Chunk& c) {
     finish_chunk<T, F, O>(a, token, k0, c, global, token_exponent, k0 < a.k_padded);
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (i * stride < a.k_padded) finish(k_first + i * stride, held[i]);
   }
+  for (int base = kHeld * stride; base < a.k_padded; base += stride) finish(k_first + base, rotated(k_first + base));
 }
 
 template <typename T, Format F, Output O>
@@ -204,7 +220,10 @@ void dispatch(const ActivationProblem& p, cudaStream_t stream) {
   }
   if (!p.quantize) return launch<T, Format::kNvfp4, Output::kRotated>(a, false, stream);
   if (nvfp4) return launch<T, Format::kNvfp4, Output::kTiled16>(a, dynamic, stream);
-  if (p.operand == static_cast<int>(Operand::kE4m3)) return launch<T, Format::kMxfp4, Output::kRows8>(a, true, stream);
+  if (p.operand == static_cast<int>(Operand::kE4m3)) {
+    return p.rows ? launch<T, Format::kMxfp4, Output::kRows8>(a, true, stream)
+                  : launch<T, Format::kMxfp4, Output::kTiled8>(a, true, stream);
+  }
   return launch<T, Format::kMxfp4, Output::kTiled16>(a, false, stream);
 }
 

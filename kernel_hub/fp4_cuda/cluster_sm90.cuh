@@ -20,6 +20,7 @@ struct GemmArgs {
   GemmProblem p;
   float factor;  // of this operand type, on top of row_scale
   int split;
+  int items;  // tiles of tokens x groups of row blocks
 };
 
 // This block in its cluster. Grid: x is the cluster, y the tile of tokens, z the group of row blocks.
@@ -33,7 +34,8 @@ struct ClusterPlace {
         share(gridDim.x / args.split),
         part(blockIdx.x % args.split),
         peer(blockIdx.x / args.split),
-        row_block(blockIdx.z * share + peer) {}
+        row_block(row_block_of(blockIdx.z)) {}
+  __device__ __forceinline__ int row_block_of(int group) const { return group * share + peer; }
   __device__ __forceinline__ int rank(int part_, int peer_) const { return peer_ * split + part_; }
   // Bits of the blocks with this part of K.
   __device__ __forceinline__ uint16_t sharers() const {
@@ -69,38 +71,54 @@ __device__ __forceinline__ uint32_t pack_pair<__half>(float a, float b) {
   return *reinterpret_cast<uint32_t*>(&v);
 }
 
-// Each of the blocks that divided K adds up and writes its share of the tokens x rows, 8 rows at a time. `reduce` is where
-// every one of them has its own sums, float32 [kTokens][kRows + 4].
+// Each of the blocks that divided K adds up and writes its share of the tokens x rows. `reduce` is where every one of them
+// has its own sums, float32 [kTokens][kRows + 4]. A thread takes the same 8 rows of several tokens at a time, so that it
+// waits for what it reads once for all of them.
 template <int kTokens, int kRows, int kThreads, typename Out>
 __device__ void write_output(const GemmArgs& args, const ClusterPlace& place, uint32_t reduce, int token_block) {
+  constexpr int kThreadsPerToken = kRows / 8, kTokensAtOnce = kThreads / kThreadsPerToken;
+  constexpr int kBatch = kTokens >= 8 * kTokensAtOnce ? 4 : kTokens >= 4 * kTokensAtOnce ? 2 : 1;
+  static_assert(kThreads % kThreadsPerToken == 0);
   const GemmProblem& p = args.p;
-  const int tokens = min(kTokens, p.m - token_block * kTokens);
+  const int tokens = min(kTokens, p.m - token_block * kTokens), step = kTokensAtOnce * place.split;
+  const int row = threadIdx.x % kThreadsPerToken * 8, n = place.row_block * kRows + row;
+  if (n >= p.n) return;
   const Out* bias = static_cast<const Out*>(p.bias);
-  Out* out = static_cast<Out*>(p.out);
-  for (int c = place.part * kThreads + threadIdx.x; c < tokens * (kRows / 8); c += place.split * kThreads) {
-    const int token = c / (kRows / 8), row = c % (kRows / 8) * 8;
-    const int n = place.row_block * kRows + row;
-    if (n >= p.n) continue;
-    const int m = token_block * kTokens + token;
-    const uint32_t address = reduce + (token * (kRows + 4) + row) * 4;
-    float v[8] = {};
-#pragma unroll 4
+  float row_scale[8], added[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    row_scale[i] = p.row_scale[n + i] * args.factor;
+    added[i] = bias != nullptr ? static_cast<float>(bias[n + i]) : -0.0f;  // adding -0 changes nothing
+  }
+  const int first = place.part * kTokensAtOnce + threadIdx.x / kThreadsPerToken;
+  for (int token = first; token < tokens; token += kBatch * step) {
+    float v[kBatch][8] = {}, token_scale[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int m = token_block * kTokens + min(token + b * step, tokens - 1);
+      token_scale[b] = p.token_scale != nullptr ? p.token_scale[m * p.token_scale_stride] : 1.0f;
+    }
     for (int r = 0; r < place.split; ++r) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float4 f = load_cluster(address + h * 16, place.rank(r, place.peer));
-        v[4 * h] += f.x, v[4 * h + 1] += f.y, v[4 * h + 2] += f.z, v[4 * h + 3] += f.w;
+      for (int b = 0; b < kBatch; ++b) {
+        const uint32_t address = reduce + (min(token + b * step, tokens - 1) * (kRows + 4) + row) * 4;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float4 f = load_cluster(address + h * 16, place.rank(r, place.peer));
+          v[b][4 * h] += f.x, v[b][4 * h + 1] += f.y, v[b][4 * h + 2] += f.z, v[b][4 * h + 3] += f.w;
+        }
       }
     }
-    const float token_scale = p.token_scale != nullptr ? p.token_scale[m * p.token_scale_stride] : 1.0f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      v[i] *= (p.row_scale[n + i] * args.factor) * token_scale;
-      if (bias != nullptr) v[i] += static_cast<float>(bias[n + i]);
+    for (int b = 0; b < kBatch; ++b) {
+      if (token + b * step >= tokens) break;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[b][i] = v[b][i] * (row_scale[i] * token_scale[b]) + added[i];
+      const uint4 packed = make_uint4(pack_pair<Out>(v[b][0], v[b][1]), pack_pair<Out>(v[b][2], v[b][3]),
+                                      pack_pair<Out>(v[b][4], v[b][5]), pack_pair<Out>(v[b][6], v[b][7]));
+      Out* out = static_cast<Out*>(p.out) + static_cast<int64_t>(token_block * kTokens + token + b * step) * p.n + n;
+      *reinterpret_cast<uint4*>(out) = packed;
     }
-    const uint4 packed = make_uint4(pack_pair<Out>(v[0], v[1]), pack_pair<Out>(v[2], v[3]), pack_pair<Out>(v[4], v[5]),
-                                    pack_pair<Out>(v[6], v[7]));
-    *reinterpret_cast<uint4*>(out + static_cast<int64_t>(m) * p.n + n) = packed;
   }
 }
 
@@ -194,15 +212,22 @@ inline Division division_of(int forced, const ClusterCounts& active) {
   return d;
 }
 
+// takes_items: where there are more clusters than fit on the GPU and K is not divided, the kernel takes a grid of those that
+// fit, and each of them does several one after the other.
 template <typename Kernel>
 void launch_divided(Kernel kernel, const ClusterCounts& active, const BlockCost& cost, int rows, int tokens, int threads,
-                    int smem, Operand operand, Format format, const GemmProblem& p, cudaStream_t stream) {
+                    int smem, Operand operand, Format format, bool takes_items, const GemmProblem& p,
+                    cudaStream_t stream) {
   const int token_blocks = (p.m + tokens - 1) / tokens, row_blocks = (p.n + rows - 1) / rows;
   const Division d = p.split % 100 > 0 ? division_of(p.split % 100, active)
                                        : choose_division(active, cost, token_blocks, row_blocks, p.k_tiles);
-  const float factor = operand == Operand::kFp16 && format == Format::kMxfp4 ? 0.5f : 1.0f;
-  launch_after(kernel, dim3(d.split * d.share, token_blocks, (row_blocks + d.share - 1) / d.share), dim3(threads), smem,
-               d.split * d.share, stream, GemmArgs{p, factor, d.split});
+  const float factor = operand == Operand::kE4m3                                    ? kFactorE4m3
+                       : operand == Operand::kFp16 && format == Format::kMxfp4 ? 0.5f
+                                                                               : 1.0f;
+  const int size = d.split * d.share, groups = (row_blocks + d.share - 1) / d.share;
+  const bool some = takes_items && d.split == 1 && token_blocks * groups > active[size];
+  const dim3 grid = some ? dim3(size, 1, active[size]) : dim3(size, token_blocks, groups);
+  launch_after(kernel, grid, dim3(threads), smem, size, stream, GemmArgs{p, factor, d.split, token_blocks * groups});
 }
 
 }  // namespace fp4

@@ -87,17 +87,23 @@ __device__ __forceinline__ uint2 e4m3_table(int below) {
   }
 }
 
+// Four bytes of a table. Bit 3 of each selecting nibble must be clear; __byte_perm would clear it again.
+__device__ __forceinline__ uint32_t look_up(uint2 table, uint32_t select) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(table.x), "r"(table.y), "r"(select));
+  return r;
+}
+
 __device__ __forceinline__ void expand_word_e4m3(uint32_t w, uint2 table, uint32_t& first, uint32_t& second) {
   const uint32_t magnitudes = w & 0x77777777u;
   const uint32_t select0 = __byte_perm(magnitudes, 0, 0x4420), select1 = __byte_perm(magnitudes, 0, 0x4431);
-  first = __byte_perm(table.x, table.y, select0) | (w & 0x80808080u);
-  second = __byte_perm(table.x, table.y, select1) | ((w << 4) & 0x80808080u);
+  first = look_up(table, select0) | (w & 0x80808080u);
+  second = look_up(table, select1) | ((w << 4) & 0x80808080u);
 }
 
-// One lane's 2 rows x 16 k -> the A fragments of two k32 steps.
-__device__ __forceinline__ void expand8(uint4 raw, uint32_t scales, uint32_t (&a)[2][4]) {
-  const uint2 t0 = e4m3_table(kTopScaleMxfp4 - static_cast<int>(scales & 0xFF));
-  const uint2 t1 = e4m3_table(kTopScaleMxfp4 - static_cast<int>(scales >> 8));
+// One lane's 2 rows x 16 k -> the A fragments of two k32 steps. t0, t1: the tables of rows g and g+8. Of the 16 k, register
+// 2h + row of step j has 8j + 4h + {0, 2, 1, 3}.
+__device__ __forceinline__ void expand8(uint4 raw, uint2 t0, uint2 t1, uint32_t (&a)[2][4]) {
   expand_word_e4m3(raw.x, t0, a[0][0], a[0][2]);
   expand_word_e4m3(raw.y, t0, a[1][0], a[1][2]);
   expand_word_e4m3(raw.z, t1, a[0][1], a[0][3]);

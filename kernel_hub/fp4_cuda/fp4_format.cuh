@@ -13,7 +13,7 @@ namespace fp4 {
 
 enum class Format : int { kNvfp4 = 0, kMxfp4 = 1 };
 enum class ScaleRule : int { kAbsmax = 0, kFourOverSix = 1, kMse = 2 };
-// What the tensor cores see: the type of the tokens and of the expanded weights. E4M3 goes through the library.
+// What the tensor cores see: the type of the tokens and of the expanded weights.
 enum class Operand : int { kBf16 = 0, kFp16 = 1, kE4m3 = 2 };
 
 // ---- Prepared weight ----------------------------------------------------------------------------------------------
@@ -85,6 +85,7 @@ __device__ __forceinline__ uint32_t extract_code(Format f, int i, uint32_t word)
 // mxfp4: 253 - (largest exponent of the row - exponent), at least 0; bf16 bits(b * 128) is 2^(b - 127).
 constexpr int kZeroScaleNvfp4 = 152;
 constexpr int kTopScaleMxfp4 = 253;
+constexpr float kFactorE4m3 = 0.015625f;  // of results: a row's largest exponent is 6 in E4M3 weights
 
 __host__ __device__ inline int encode_scale_nvfp4(int e4m3) {
   const int e = (e4m3 >> 3) & 15, m = e4m3 & 7;

@@ -18,7 +18,8 @@ struct ActivationProblem {
   int hadamard;         // 0 or 16..128
   int rule;             // ScaleRule
   int format;           // Format
-  int operand;          // Operand of the output; E4M3 is row-major
+  int operand;          // Operand of the output
+  bool rows;            // E4M3: row-major, for the library's product, instead of tiles
   bool quantize;        // false: rotate only
   bool packed;          // codes and row-major scales instead of tiles
   bool plain;           // row-major values instead of tiles
@@ -40,7 +41,8 @@ struct GemmProblem {
   int operand;
   // 0: all chosen here. Other values are for measuring and for tests.
   // Up to 16 tokens (run_gemv): the variant, 1..3.
-  // More: hundreds are the kernel, 1..3 a variant of run_gemm_mma (9 to 64 tokens), 0 or 4 run_gemm_sm90. The last two digits
+  // More: hundreds are the kernel, 1..3 a variant of run_gemm_mma (9 to 64 tokens, not in E4M3), 0 run_gemm_sm90, whose
+  // operand, bf16 or E4M3, was chosen when the tokens were prepared (OPERANDS in _cuda.py). The last two digits
   // divide the work, 10 * share + split: split blocks divide K, share blocks of neighbouring rows (1, 2, 4 or 8; 0 is 1)
   // fetch their tokens together; split * share is at most 8. 00: the division is chosen by its estimated time.
   int split;

@@ -229,7 +229,7 @@ void launch(const GemmProblem& p, cudaStream_t stream) {
   static const ClusterCounts active = count_clusters(kernel, S::kThreads, S::kSmem);
   // mma.sync reaches about 60 % of wgmma's rate.
   const BlockCost cost{S::kRows * tile_bytes(kFormat) / 64, S::kTokenTile, S::kSumBytes, S::kRows * S::kTokens * 0.03f};
-  launch_divided(kernel, active, cost, S::kRows, S::kTokens, S::kThreads, S::kSmem, kOperand, kFormat, p, stream);
+  launch_divided(kernel, active, cost, S::kRows, S::kTokens, S::kThreads, S::kSmem, kOperand, kFormat, false, p, stream);
 }
 
 // 1: 128 rows, tokens cross from L2 least often. 2: 64 rows, K divided by 4 inside the block, so less over the cluster.

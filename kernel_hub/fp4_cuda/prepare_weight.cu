@@ -105,12 +105,13 @@ __global__ void __launch_bounds__(128) expand_e4m3_kernel(const PrepareProblem p
   const uint4 raw = *reinterpret_cast<const uint4*>(tile + warp * 512 + lane * 16);
   const uint32_t scales = *reinterpret_cast<const uint16_t*>(tile + kTileCodeBytes + warp * 32 + (g * 2 + t / 2) * 2);
   uint32_t a[2][4];
-  expand8(raw, scales, a);
+  expand8(raw, e4m3_table(kTopScaleMxfp4 - static_cast<int>(scales & 0xFF)),
+          e4m3_table(kTopScaleMxfp4 - static_cast<int>(scales >> 8)), a);
   const int row = tile_n * 64 + warp * 16 + g, k0 = tile_k * 64 + t * 16;
   if (k0 >= p.k) return;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    if (k0 == 0 && row + 8 * h < p.n) out_scale[row + 8 * h] = p.row_scale[row + 8 * h] * 0.015625f;
+    if (k0 == 0 && row + 8 * h < p.n) out_scale[row + 8 * h] = p.row_scale[row + 8 * h] * kFactorE4m3;
     if (row + 8 * h < p.n)
       *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row + 8 * h) * p.k + k0) =
           make_uint4(in_order(a[0][h]), in_order(a[0][2 + h]), in_order(a[1][h]), in_order(a[1][2 + h]));

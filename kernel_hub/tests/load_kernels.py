@@ -63,7 +63,7 @@ def main(*libraries: str) -> None:
         torch.cuda.get_device_capability = lambda device=None, capability=capability: capability
         backends[".".join(map(str, capability))] = module.backend_of()
         with FakeTensorMode():
-            for format, activations, m in itertools.product(FORMATS, ("fp4", "bf16"), (1, 20, 300)):
+            for format, activations, m in itertools.product(FORMATS, ("fp4", "bf16"), (1, 20, 300, 1024)):
                 trace(module, format, activations, m)
     sys.stdout.write(json.dumps({"file": module.__file__, "backends": backends}))
 

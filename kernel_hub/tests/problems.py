@@ -81,10 +81,22 @@ LLAMA_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "d
 FLOORS = {"bfloat16": 1e-3, "float16": 2e-4}
 
 
+# 10 * share + split of prepared_gemm's `split`, all that are possible in effect.
+DIVISIONS = [1, 2, 3, 4, 6, 8, 21, 22, 23, 24, 41, 42, 81]
+
+
 def variants(m: int) -> list[int]:
-    """Values of prepared_gemm's `split` that say which kernel runs m tokens and how it divides the work (see
+    """Values of prepared_gemm's `split` that say which kernel runs m tokens of 16 bit and how it divides the work (see
     GemmProblem::split in fp4_kernels.h). 0, its own choice, is left out."""
-    divisions = [1, 2, 3, 4, 6, 8, 21, 22, 23, 24, 41, 42, 81]
     kernels = [100, 200, 300] if 8 < m <= 64 else []
-    first = [1, 2, 3] if m <= 16 else divisions
-    return first + [kernel + division for kernel in kernels for division in divisions]
+    first = [1, 2, 3] if m <= 16 else DIVISIONS
+    return first + [kernel + division for kernel in kernels for division in DIVISIONS]
+
+
+def choices(m: int, format: str) -> list[int]:
+    """Ways to multiply m tokens, as 1000 * operand (OPERANDS in _cuda.py) + `split`."""
+    if format == "nvfp4" or m <= 16:
+        return variants(m)
+    e4m3 = [3000 + division for division in [0, *DIVISIONS]]
+    library = [4000] if m >= 256 else []
+    return e4m3 + library + variants(m)

@@ -3,7 +3,7 @@
 import pytest
 import reference as ref
 import torch
-from problems import FLOORS, MODES, SHAPES, Mode, Shape, variants
+from problems import DIVISIONS, FLOORS, MODES, SHAPES, Mode, Shape, variants
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -56,10 +56,11 @@ def test_linear(kernels, shape, mode):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
-def test_all_positive(kernels, mode):
+@pytest.mark.parametrize("m", [24, 100, 300])
+def test_all_positive(kernels, mode, m):
     """Nothing cancels: a short accumulator would lose the small addends."""
-    shape = Shape(24, 128, 14336)
-    x, weight, _, g = make(shape, mode, x=torch.rand(24, 14336, device="cuda") + 0.5)
+    shape = Shape(m, 128, 14336)
+    x, weight, _, g = make(shape, mode, x=torch.rand(m, 14336, device="cuda") + 0.5)
     weight = (weight[0] & 0x77, *weight[1:])
     if mode.hadamard is not None:  # undo the rotation, so that rotated tokens are all positive
         x = ref.rotate(x, mode.hadamard).to(x.dtype)
@@ -87,12 +88,13 @@ def test_extreme_scales(kernels, mode, exponent):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
-def test_zero_tokens_and_zero_input(kernels, mode):
-    x, weight, bias, g = make(Shape(5, 64, 256), mode)
+@pytest.mark.parametrize("m", [5, 20])
+def test_zero_tokens_and_zero_input(kernels, mode, m):
+    x, weight, bias, g = make(Shape(m, 64, 256), mode)
     prepared = kernels.prepare_weight(*weight)
     assert call(kernels, x[:0], prepared, bias, mode, g).shape == (0, 64)
     y = call(kernels, torch.zeros_like(x), prepared, bias, mode, g)
-    assert torch.equal(y, bias.expand(5, -1))
+    assert torch.equal(y, bias.expand(m, -1))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
@@ -191,11 +193,29 @@ def test_ties_round_to_even(kernels):
         assert torch.equal(ref.unpack(codes).cpu().view(4, 16).long(), want.expand(4, -1))
 
 
-def product(kernels, tokens, prepared, bias, m, dtype, split):
-    operand = 0 if dtype == torch.bfloat16 else 1
+def product(kernels, tokens, prepared, bias, m, dtype, split, operand=None):
+    """tokens: the operand's bytes and their multiplier."""
+    if operand is None:
+        operand = "bf16" if dtype == torch.bfloat16 else "fp16"
     return kernels._linear.ops.prepared_gemm(
-        tokens.tokens, tokens.token_scale, *prepared, bias, m, operand, dtype == torch.bfloat16, split
+        *tokens[:2], *prepared, bias, m, kernels._linear.OPERANDS[operand], dtype == torch.bfloat16, split
     )
+
+
+def failures(run, tokens, others, exact, limit, splits):
+    """run(tokens, split) -> result. What is wrong: its values, two runs differ, or the last token, which `others` have
+    too, depends on the rest."""
+    failed = []
+    for split in splits:
+        y = run(tokens, split)
+        error = ref.relative_error(y, exact)
+        if not error <= limit:
+            failed.append(f"{split}: error {error:.2e}, limit {limit:.2e}")
+        elif not torch.equal(y, run(tokens, split)):
+            failed.append(f"{split}: two runs differ")
+        elif not torch.equal(y[-1], run(others, split)[-1]):
+            failed.append(f"{split}: the last token depends on the others")
+    return failed
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
@@ -233,17 +253,53 @@ def test_every_variant_gives_the_result(kernels, format, dtype, m, n, k):
     tokens, others = (
         kernels.prepare_activation(v, format=format, activations="bf16") for v in (x, other)
     )  # fmt: skip
-    failed = []
-    for split in variants(m):
-        y = product(kernels, tokens, prepared, bias, m, x.dtype, split)
-        error = ref.relative_error(y, exact)
-        if not error <= limit:
-            failed.append(f"{split}: error {error:.2e}, limit {limit:.2e}")
-        elif not torch.equal(y, product(kernels, tokens, prepared, bias, m, x.dtype, split)):
-            failed.append(f"{split}: two runs differ")
-        elif not torch.equal(y[-1], product(kernels, others, prepared, bias, m, x.dtype, split)[-1]):
-            failed.append(f"{split}: the last token depends on the others")
-    assert not failed
+
+    def run(tokens, split):
+        return product(kernels, tokens, prepared, bias, m, x.dtype, split)
+
+    assert not failures(run, tokens, others, exact, limit, variants(m))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "m, n, k",
+    [
+        (17, 16, 64),
+        (17, 80, 192),
+        (31, 17024, 384),
+        (32, 272, 4096),
+        (33, 528, 96),
+        (64, 4096, 14336),
+        (65, 384, 1152),
+        (128, 1168, 2048),
+        (129, 336, 512),
+        (257, 17024, 448),
+        (700, 1040, 2176),
+        (2100, 272, 1024),
+    ],
+)
+def test_every_division_in_e4m3(kernels, dtype, m, n, k):
+    """As above, for tokens and weights in E4M3, also where another route is chosen for so many tokens."""
+    if kernels.backend_of() != "cuda":
+        pytest.skip("CUDA kernels only")
+    mode = Mode("mxfp4", "fp4", 32, dtype=dtype)
+    x, weight, bias, g = make(Shape(m, n, k), mode)
+    prepared = kernels.prepare_weight(*weight)
+    exact, limit = ref.expected(x, weight, bias, mode, g, FLOORS[dtype])
+    other = torch.full_like(x, float("nan"))
+    other[-1] = x[-1]
+    linear = kernels._linear
+    tokens, others = (
+        linear.ops.prepare_activation(
+            v, None, linear.FORMATS["mxfp4"], linear.OPERANDS["e4m3_tiles"], True, mode.hadamard, 0
+        )
+        for v in (x, other)
+    )
+
+    def run(tokens, split):
+        return product(kernels, tokens, prepared, bias, m, x.dtype, split, "e4m3_tiles")
+
+    assert not failures(run, tokens, others, exact, limit, [0, *DIVISIONS])
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)

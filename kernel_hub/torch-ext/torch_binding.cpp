@@ -19,7 +19,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
 
 enum { kNvfp4 = 0, kMxfp4 = 1 };
-enum { kBf16 = 0, kFp16 = 1, kE4m3 = 2 };
+// kE4m3: tiles or rows, or bf16 for few tokens, as operand_for says. The last two are for measuring and for tests.
+enum { kBf16 = 0, kFp16 = 1, kE4m3 = 2, kE4m3Tiles = 3, kE4m3Rows = 4 };
 constexpr int64_t kTileBytesNvfp4 = 2304, kTileBytesMxfp4 = 2176;
 
 cudaStream_t current_stream(const Tensor& t) {
@@ -39,13 +40,24 @@ int64_t tokens_of(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t kGemvTokens = 16;
-// From here on expanding an mxfp4 weight to E4M3 and calling the library's FP8 product is the fastest way. Below, and
-// where the library can't (it writes bf16 only), bf16 operands hold mxfp4 values just as exactly.
-constexpr int64_t kLibraryTokens = 512;
+// mxfp4 W4A4: so many tokens are multiplied in E4M3, expanded inside the product; for fewer, bf16 operands hold the values
+// just as exactly. So many are left to the library's FP8 product, which writes bf16 only, after the weight was expanded.
+// The same numbers are in _cuda.py.
+constexpr int64_t kE4m3Tokens = 17, kLibraryTokens = 2048;
 
+// What m tokens are made into: kBf16, kFp16, kE4m3Tiles or kE4m3Rows.
 int64_t operand_for(int64_t m, int64_t operand, bool out_is_bf16) {
-  return operand == kE4m3 && (m < kLibraryTokens || !out_is_bf16) ? kBf16 : operand;
+  if (operand < kE4m3) return operand;
+  if (m <= kGemvTokens) return kBf16;
+  if (operand != kE4m3) return operand;
+  if (m < kE4m3Tokens) return kBf16;
+  return m >= kLibraryTokens && out_is_bf16 ? kE4m3Rows : kE4m3Tiles;
 }
+
+int64_t bytes_of(int64_t operand) { return operand >= kE4m3 ? 1 : 2; }
+
+// The kernels' number for what operand_for says.
+int kernel_operand(int64_t operand) { return static_cast<int>(operand >= kE4m3 ? kE4m3 : operand); }
 
 // Tokens of one tile: a function of M alone, so that activation and GEMM agree.
 int64_t token_tile(int64_t m) {
@@ -106,7 +118,7 @@ fp4::PrepareProblem prepare_problem(const Tensor& packed, const Tensor& row_scal
 }
 
 void check_operand(const fp4::ActivationProblem& p, int64_t operand, bool quantize) {
-  STD_TORCH_CHECK(operand != kE4m3 || (quantize && p.format == kMxfp4), "E4M3 operands are for mxfp4 W4A4 only");
+  STD_TORCH_CHECK(operand < kE4m3 || (quantize && p.format == kMxfp4), "E4M3 operands are for mxfp4 W4A4 only");
   STD_TORCH_CHECK(quantize ? operand != kFp16 : (operand == kBf16) == p.x_is_bf16,
                   "operand must be bf16 or E4M3 for W4A4, and the dtype of x for W4A16");
 }
@@ -131,13 +143,14 @@ fp4::GemmProblem gemm_problem(const Tensor& packed, const Tensor& row_scale, con
   p.k_tiles = static_cast<int>(packed.size(1));
   p.token_tile = static_cast<int>(token_tile(m));
   p.format = static_cast<int>(format_of(packed));
-  p.operand = static_cast<int>(operand);
+  p.operand = kernel_operand(operand);
   return p;
 }
 
 // run_gemm_mma? mma.sync has 60 % of wgmma's rate but starts and ends sooner: it is for few tokens and for weights that are
 // read in a few microseconds.
 bool few_enough_for_mma(const fp4::GemmProblem& p) {
+  if (p.operand == kernel_operand(kE4m3)) return false;  // mma.sync has no E4M3 here
   if (p.split > 0) return p.split / 100 >= 1 && p.split / 100 <= 3;
   return p.m <= 32 || (p.m <= 64 && static_cast<int64_t>(p.n) * p.k_tiles <= 6144 * 64);
 }
@@ -228,14 +241,15 @@ std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::option
   check_operand(p, operand, quantize);
   const DeviceGuard guard(x.get_device_index());
   operand = operand_for(p.m, operand, p.x_is_bf16);
-  const bool library = operand == kE4m3;
+  const bool library = operand == kE4m3Rows;
   p.token_tile = static_cast<int>(token_tile(p.m));
   p.natural = p.m <= kGemvTokens;
   p.quantize = quantize;
-  p.operand = static_cast<int>(operand);
+  p.operand = kernel_operand(operand);
+  p.rows = library;
   const int64_t bytes = library ? static_cast<int64_t>(p.m) * p.k
-                                : div_up(p.m, p.token_tile) * p.token_tile * p.k_padded * 2;
-  const bool per_token = quantize && (operand == kE4m3 || (format == kNvfp4 && !global.has_value()));
+                                : div_up(p.m, p.token_tile) * p.token_tile * p.k_padded * bytes_of(operand);
+  const bool per_token = quantize && (operand >= kE4m3 || (format == kNvfp4 && !global.has_value()));
   Tensor tokens = new_tensor(x, {bytes}, library ? ScalarType::Float8_e4m3fn : ScalarType::Byte);
   Tensor token_scale = new_tensor(x, {per_token ? p.m : quantize ? 1 : 0}, ScalarType::Float);
   p.out = tokens.data_ptr();
@@ -271,12 +285,13 @@ Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tens
                      const std::optional<Tensor>& bias, int64_t m, int64_t operand, bool out_is_bf16, int64_t split) {
   const int64_t format = format_of(packed), k_tiles = packed.size(1);
   operand = operand_for(m, operand, out_is_bf16);
-  const bool library = operand == kE4m3;
+  const bool library = operand == kE4m3Rows;
   const int64_t tile = token_tile(m);
   STD_TORCH_CHECK(library ? div_up(tokens.numel() / m, 64) == k_tiles
-                          : tokens.numel() == div_up(m, tile) * tile * k_tiles * 128,
+                          : tokens.numel() == div_up(m, tile) * tile * k_tiles * 64 * bytes_of(operand),
                   "tokens were prepared for another shape or operand type");
-  STD_TORCH_CHECK(operand != kE4m3 || format == kMxfp4, "E4M3 operands are for mxfp4 weights");
+  STD_TORCH_CHECK(operand < kE4m3 || format == kMxfp4, "E4M3 operands are for mxfp4 weights");
+  STD_TORCH_CHECK(!library || out_is_bf16, "the library's product writes bf16 only");
   fp4::GemmProblem p = gemm_problem(packed, row_scale, bias, m, operand, out_is_bf16);
   const DeviceGuard guard(tokens.get_device_index());
   if (library) return library_gemm(tokens, token_scale, packed, row_scale, bias, m);

@@ -6,7 +6,8 @@ from ._ops import add_op_namespace_prefix, ops
 
 FORMATS = {"nvfp4": 0, "mxfp4": 1}
 RULES = {"absmax": 0, "four_over_six": 1, "mse": 2}
-OPERANDS = {"bf16": 0, "fp16": 1, "e4m3": 2}
+# "e4m3" is what `_operand_for` makes of it; the last two say it for measuring and for tests.
+OPERANDS = {"bf16": 0, "fp16": 1, "e4m3": 2, "e4m3_tiles": 3, "e4m3_rows": 4}
 TILE_BYTES = {"nvfp4": 2304, "mxfp4": 2176}  # a prepared tile: 64 rows x 64 k
 
 
@@ -18,9 +19,20 @@ def _div_up(a, b):
     return (a + b - 1) // b
 
 
-def _through_library(m, operand, dtype):
-    """mxfp4 W4A4 with many tokens: E4M3 operands and the library's product. Else the tokens are tiles of 16 bit."""
-    return operand == OPERANDS["e4m3"] and m >= 512 and dtype == torch.bfloat16
+_GEMV_TOKENS, _E4M3_TOKENS, _LIBRARY_TOKENS = 16, 17, 2048  # of torch_binding.cpp
+
+
+def _operand_for(m, operand, dtype):
+    """What m tokens are made into: operand_for in torch_binding.cpp. Rows are for the library's product; else tiles."""
+    if operand < OPERANDS["e4m3"]:
+        return operand
+    if m <= _GEMV_TOKENS:
+        return OPERANDS["bf16"]
+    if operand != OPERANDS["e4m3"]:
+        return operand
+    if m < _E4M3_TOKENS:
+        return OPERANDS["bf16"]
+    return OPERANDS["e4m3_rows" if m >= _LIBRARY_TOKENS and dtype == torch.bfloat16 else "e4m3_tiles"]
 
 
 def _token_tile(m):
@@ -70,11 +82,14 @@ def _register_fakes() -> None:
     def _(x, global_scale, format, operand, quantize, hadamard, rule):
         k = x.shape[-1]
         m = x.numel() // k
-        if _through_library(m, operand, x.dtype):
+        operand = _operand_for(m, operand, x.dtype)
+        if operand == OPERANDS["e4m3_rows"]:
             return x.new_empty((m * k,), dtype=torch.float8_e4m3fn), x.new_empty((m,), dtype=torch.float32)
-        tile = _token_tile(m)
-        tokens = x.new_empty((_div_up(m, tile) * tile * _div_up(k, 64) * 128,), dtype=torch.uint8)
-        per_token = format == FORMATS["nvfp4"] and global_scale is None
+        tile, e4m3 = _token_tile(m), operand == OPERANDS["e4m3_tiles"]
+        tokens = x.new_empty(
+            (_div_up(m, tile) * tile * _div_up(k, 64) * (64 if e4m3 else 128),), dtype=torch.uint8
+        )
+        per_token = e4m3 or format == FORMATS["nvfp4"] and global_scale is None
         return tokens, x.new_empty(((m if per_token else 1) if quantize else 0,), dtype=torch.float32)
 
     @torch.library.register_fake(add_op_namespace_prefix("prepared_gemm"))
