@@ -151,12 +151,12 @@ fp4::GemmProblem gemm_problem(const Tensor& packed, const Tensor& row_scale, con
 // read in a few microseconds.
 bool few_enough_for_mma(const fp4::GemmProblem& p) {
   if (p.operand == kernel_operand(kE4m3)) return false;  // mma.sync has no E4M3 here
-  if (p.split > 0) return p.split / 100 >= 1 && p.split / 100 <= 3;
-  return p.m <= 32 || (p.m <= 64 && static_cast<int64_t>(p.n) * p.k_tiles <= 6144 * 64);
+  return p.split / 100 >= 1 && p.split / 100 <= 3;
 }
 
-// Up to so many tokens and bytes of 16-bit tokens, each block of the product rotates and quantizes them itself.
-constexpr int64_t kFusedTokens = 2, kFusedBytes = 128 << 10;
+// Up to so many tokens, bytes of 16-bit tokens and output features, each block of the product rotates and quantizes the
+// tokens itself.
+constexpr int64_t kFusedTokens = 2, kFusedBytes = 128 << 10, kFusedRows = 16384;
 
 void run_gemm(const fp4::GemmProblem& p, cudaStream_t stream) {
   if (p.m <= kGemvTokens && p.split < 100) return fp4::run_gemv(p, stream);
@@ -325,7 +325,8 @@ Tensor prepared_linear(const Tensor& x, const Tensor& packed, const Tensor& row_
                        int64_t rule) {
   STD_TORCH_CHECK(div_up(x.size(-1), 64) == packed.size(1), "x has ", x.size(-1), " features, the weight does not");
   const bool per_token = quantize && format_of(packed) == kNvfp4 && !global.has_value();  // needs all of a token first
-  if (tokens_of(x) <= kFusedTokens && !per_token && tokens_of(x) * packed.size(1) * 128 <= kFusedBytes) {
+  if (tokens_of(x) <= kFusedTokens && !per_token && tokens_of(x) * packed.size(1) * 128 <= kFusedBytes &&
+      row_scale.numel() <= kFusedRows) {
     return fused_linear(x, packed, row_scale, bias, global, operand, quantize, hadamard, rule);
   }
   auto [tokens, token_scale] = prepare_activation(x, global, format_of(packed), operand, quantize, hadamard, rule);
