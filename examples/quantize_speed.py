@@ -153,7 +153,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--stages-only", action="store_true", help="leave out the run without stages")
+    runs = parser.add_mutually_exclusive_group()
+    runs.add_argument("--stages-only", action="store_true", help="leave out the run without stages")
+    runs.add_argument("--total-only", action="store_true", help="leave out the run with stages")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     shape = AutoConfig.from_pretrained(args.shape) if args.shape else LlamaConfig(**LLAMA_8B)
@@ -164,15 +166,17 @@ def main(arguments: list[str] | None = None) -> None:
         f"{name}, torch {torch.__version__}, {shape.num_hidden_layers} blocks, {args.recipe} {args.format} {args.activations}"
     )
 
-    watch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
-    staged = quantize(args, shape, watch)
-    print(table(watch.seconds, staged["seconds"], shape.num_hidden_layers), flush=True)
-    plain = staged if args.stages_only else quantize(args, shape, None)
-    print(", ".join(f"{key.replace('_', ' ')}: {value:.2f}" for key, value in plain.items()))
+    result: dict[str, Any] = {}
+    if not args.total_only:
+        watch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
+        result = {"staged": quantize(args, shape, watch), "stages": watch.seconds}
+        print(table(watch.seconds, result["staged"]["seconds"], shape.num_hidden_layers), flush=True)
+    if not args.stages_only:
+        result["total"] = quantize(args, shape, None)
+    shown = result.get("total") or result["staged"]
+    print(", ".join(f"{key.replace('_', ' ')}: {value:.2f}" for key, value in shown.items()))
     if args.json:
-        args.json.write_text(
-            json.dumps({"stages": watch.seconds, "staged": staged, "plain": plain}, indent=1)
-        )
+        args.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

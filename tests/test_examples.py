@@ -106,7 +106,7 @@ def test_quantize_speed(tiny, tmp_path, recipe):
         {"choice of rotations", "correction", "coordinate descent"} if recipe == "paper" else set()
     )
     assert sum(result["stages"].values()) < result["staged"]["seconds"]
-    assert "| columns (GPTQ) |" in printed and f"seconds: {result['plain']['seconds']:.2f}" in printed
+    assert "| columns (GPTQ) |" in printed and f"seconds: {result['total']['seconds']:.2f}" in printed
 
 
 @pytest.mark.parametrize("quantized", [False, True])

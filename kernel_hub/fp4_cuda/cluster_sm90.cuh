@@ -178,11 +178,11 @@ struct Division {
 inline Division choose_division(const ClusterCounts& active, const BlockCost& block, int token_blocks, int row_blocks,
                                 int k_tiles) {
   constexpr float kL2 = 7300, kMemory = 2450, kPeers = 1850;        // bytes per ns
-  constexpr float kStep = 120, kStart = 760, kShare = 3000, kAdd = 470;  // ns
+  constexpr float kStep = 120, kStart = 760, kShare = 300, kAdd = 470;  // ns
   constexpr int kSms = 132;
   Division best{1, 1};
   float best_cost = 1e30f;
-  for (int share = 1; share <= 4; share *= 2) {
+  for (int share = 1; share <= (token_blocks > 1 ? 4 : 1); share *= 2) {  // with one tile of tokens it gained nothing
     for (int split = 1; split * share <= kMostBlocks && (split == 1 || k_tiles / split >= 4); ++split) {
       const int size = split * share;
       if (active[size] == 0) continue;
