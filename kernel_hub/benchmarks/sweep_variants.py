@@ -4,8 +4,9 @@
 
 Whole linears (rotation, activation quantization, product) in CUDA graphs with cold weights, like benchmark_linear.py; one
 line per problem: `linear` (the released choice; one or two tokens take a single kernel), then the variants, fastest
-first. Variants are named 1000 * operand + split (problems.choices). A variant whose result is wrong, or differs between two runs, or that raises, is FAILED and not timed. The work is
-done by a second process, so that a variant that hangs or breaks the CUDA context costs a restart and not the sweep.
+first. Variants are named 1000 * operand + split (problems.choices). A variant whose result is wrong, or differs between two
+runs, or that raises, is FAILED and not timed. The work is done by a second process, so that a variant that hangs or breaks
+the CUDA context costs a restart and not the sweep.
 """
 
 import argparse
@@ -48,8 +49,8 @@ def kernel_of(m, variant):
     """Variants that are likely to fail together."""
     return (
         (m, variant)
-        if variant == LINEAR or (m <= 16 and variant < 100)
-        else (variant // 100, variant % 100 > 9)
+        if variant == LINEAR or (m <= 16 and variant < 1000)
+        else (variant // 1000, variant % 100 > 9)
     )
 
 

@@ -41,10 +41,9 @@ struct GemmProblem {
   int operand;
   // 0: all chosen here. Other values are for measuring and for tests.
   // Up to 16 tokens (run_gemv): the variant, 1..3.
-  // More: hundreds are the kernel, 1..3 a variant of run_gemm_mma (9 to 64 tokens, not in E4M3), 0 run_gemm_sm90, whose
-  // operand, bf16 or E4M3, was chosen when the tokens were prepared (OPERANDS in _cuda.py). The last two digits
-  // divide the work, 10 * share + split: split blocks divide K, share blocks of neighbouring rows (1, 2, 4 or 8; 0 is 1)
-  // fetch their tokens together; split * share is at most 8. 00: the division is chosen by its estimated time.
+  // More (run_gemm_sm90; the operand was chosen when the tokens were prepared, OPERANDS in _cuda.py): the division of the
+  // work, 10 * share + split: split blocks divide K, share blocks of neighbouring rows (1, 2, 4 or 8; 0 is 1) fetch their
+  // tokens together; split * share is at most 8.
   int split;
 };
 
@@ -73,7 +72,6 @@ void run_activation(const ActivationProblem& p, cudaStream_t stream);
 void run_gemv(const GemmProblem& p, cudaStream_t stream);
 // The same bits as run_activation and run_gemv, for up to 8 tokens that fit in a block's shared memory.
 void run_gemv_fused(const GemmProblem& p, const FusedTokens& tokens, cudaStream_t stream);
-void run_gemm_mma(const GemmProblem& p, cudaStream_t stream);
 void run_gemm_sm90(const GemmProblem& p, cudaStream_t stream);
 void run_prepare(const PrepareProblem& p, cudaStream_t stream);
 void run_restore(const PrepareProblem& p, uint8_t* weight, uint8_t* scale, cudaStream_t stream);

@@ -446,7 +446,7 @@ void launch(const GemmProblem& p, cudaStream_t stream) {
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSmem), "shared memory");
   static const ClusterCounts active = count_clusters(kernel, T::kThreads, T::kSmem);
   // E4M3 has twice the tensor cores' rate, and of few tokens the expansion takes longer.
-  const float math_ns = kGroups * (T::kE4m3 ? kTokens * 0.6f + 20 : kTokens * 1.1f);
+  const float math_ns = kGroups * (T::kE4m3 ? kTokens * 0.66f + 12 : kTokens * 1.07f + 4);
   const BlockCost cost{kGroups * T::kWeightTile, T::kTokenTile, T::kReduceBytes, math_ns};
   launch_divided(kernel, active, cost, kRows, kTokens, T::kThreads, T::kSmem, kOperand, kFormat, T::kItems, p, stream);
 }

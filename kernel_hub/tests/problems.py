@@ -86,11 +86,9 @@ DIVISIONS = [1, 2, 3, 4, 6, 8, 21, 22, 23, 24, 41, 42, 81]
 
 
 def variants(m: int) -> list[int]:
-    """Values of prepared_gemm's `split` that say which kernel runs m tokens of 16 bit and how it divides the work (see
-    GemmProblem::split in fp4_kernels.h). 0, its own choice, is left out."""
-    kernels = [100, 200, 300] if 8 < m <= 64 else []
-    first = [1, 2, 3] if m <= 16 else DIVISIONS
-    return first + [kernel + division for kernel in kernels for division in DIVISIONS]
+    """Values of prepared_gemm's `split` for m tokens of 16 bit (see GemmProblem::split in fp4_kernels.h). 0, its own choice,
+    is left out."""
+    return [1, 2, 3] if m <= 16 else DIVISIONS
 
 
 def choices(m: int, format: str) -> list[int]:

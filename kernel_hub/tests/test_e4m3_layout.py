@@ -17,7 +17,9 @@ def test_a_and_b_agree_on_k(tmp_path):
         pytest.skip("needs nvcc, for CUDA's headers")
     # The one instruction on the way that C++ does not have. Selectors without bit 3 mean the same to __byte_perm.
     text = (SOURCES / "expand_fp4.cuh").read_text()
-    instruction = r'asm\("prmt\.b32 %0, %1, %2, %3;" : "=r"\(r\) : "r"\(table\.x\), "r"\(table\.y\), "r"\(select\)\);'
+    instruction = (
+        r'asm\("prmt\.b32 %0, %1, %2, %3;" : "=r"\(r\) : "r"\(table\.x\), "r"\(table\.y\), "r"\(select\)\);'
+    )
     text, found = re.subn(
         instruction, "if (select & 0x8888) abort();\n  r = __byte_perm(table.x, table.y, select);", text
     )

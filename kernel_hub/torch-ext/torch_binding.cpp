@@ -147,20 +147,12 @@ fp4::GemmProblem gemm_problem(const Tensor& packed, const Tensor& row_scale, con
   return p;
 }
 
-// run_gemm_mma? mma.sync has 60 % of wgmma's rate but starts and ends sooner: it is for few tokens and for weights that are
-// read in a few microseconds.
-bool few_enough_for_mma(const fp4::GemmProblem& p) {
-  if (p.operand == kernel_operand(kE4m3)) return false;  // mma.sync has no E4M3 here
-  return p.split / 100 >= 1 && p.split / 100 <= 3;
-}
-
 // Up to so many tokens, bytes of 16-bit tokens and output features, each block of the product rotates and quantizes the
 // tokens itself.
 constexpr int64_t kFusedTokens = 2, kFusedBytes = 128 << 10, kFusedRows = 16384;
 
 void run_gemm(const fp4::GemmProblem& p, cudaStream_t stream) {
-  if (p.m <= kGemvTokens && p.split < 100) return fp4::run_gemv(p, stream);
-  if (few_enough_for_mma(p)) return fp4::run_gemm_mma(p, stream);
+  if (p.m <= kGemvTokens) return fp4::run_gemv(p, stream);
   fp4::run_gemm_sm90(p, stream);
 }
 
