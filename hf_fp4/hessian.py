@@ -150,7 +150,7 @@ class DampedMoments:
 
         Without ``check`` a failure is not noticed, and nothing waits for the GPU.
         """
-        inverse = self.inverse if order is None else self.inverse[order][:, order]
+        inverse = self.inverse if order is None else self.inverse[order[:, None], order]
         upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if check and (failed or not torch.isfinite(upper).all()):
             raise RuntimeError(

@@ -41,6 +41,9 @@ from .team import Team
 
 PROBE_TOKENS = 16
 
+_HELD = 4
+"""A forward that waits holds its group's input and what else its block has computed by then, about so much in all."""
+
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN's: it plans its attention anew in every thread, which takes long, and there are two threads per batch."""
 
@@ -186,17 +189,21 @@ class _Block:
             for index, group in enumerate(self._groups):
                 start = time.perf_counter()
                 tokens = sum(batch.quantized.shape[:-1].numel() for batch in batches)
-                wait = _fits(group.bytes_per_token * tokens, self._device)
+                wait = _fits(_HELD * group.bytes_per_token * tokens, self._device)
                 group.start(forward.input_of(index) for forward in quantized)
                 for i, (batch, other) in enumerate(zip(batches, original, strict=True)):
-                    x = quantized[i].input_of(index)
-                    group.observe(x, None if other is None else other.input_of(index))
-                    del x
-                    if other is not None and advance and index == last:
-                        batch.rest(other.output())  # it waits for no solve, and its memory is free sooner
-                    if not wait:  # with all that it holds: what is needed of it later is computed again
+                    call = batch.calls[self._index]
+                    group.observe(quantized[i].input_of(index), other and other.input_of(index))
+                    if other and index == last:  # it waits for no solve
+                        if advance:
+                            batch.rest(other.output())
+                        other.abandon()
+                    elif other and not wait:
+                        other.abandon()
+                        original[i] = begin(batch.original, call, {})
+                    if not wait:  # what is needed of it later is computed again
                         quantized[i].abandon()
-                        quantized[i] = begin(batch.quantized, batch.calls[self._index], solved)
+                        quantized[i] = begin(batch.quantized, call, solved)
                 errors = group.solve()
                 solved |= group.simulated()
                 seconds = time.perf_counter() - start

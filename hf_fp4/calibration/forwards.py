@@ -128,6 +128,7 @@ class PausedForward:
         except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
             self._error = error
         self._input, self._ended = None, True
+        self._running.forward = None  # the thread lives on
         self._paused.release()
 
     def linear(self, index: int, name: str, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

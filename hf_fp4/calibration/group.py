@@ -206,6 +206,7 @@ class Group:
         damped = DampedMoments.of(second, config.damp_percent, self._title)
         if cross is not None:
             weight = damped.correct_target(weight, cross, config.error_correction)
+            del cross
         own, global_scale = weight[team.rows(len(weight))], self._global_scale(weight)
         scale = self._scales(own, second, global_scale)
         rounded = round_weight(own, scale, self._format, global_scale)
