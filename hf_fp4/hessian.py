@@ -43,6 +43,11 @@ class SecondMoments:
             _add_product(self._cross, original, x)
         self.tokens += x.shape[0]
 
+    @property
+    def has_cross(self) -> bool:
+        """Whether ``C`` is collected."""
+        return self._cross is not None
+
     def forget_cross(self) -> None:
         """Collect second moments only, from now on."""
         self._cross = None

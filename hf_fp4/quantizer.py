@@ -163,7 +163,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
         replace_linears(model, factory, sizes)
         config.modules = sizes
 
-    def update_weight_conversions(  # type: ignore[override]  # 5.17 does not pass the model
+    def update_weight_conversions(  # 5.17 does not pass the model
         self, weight_conversions: list, model: PreTrainedModel | None = None
     ) -> list:
         return conversions_of_linears(weight_conversions) if self._reads_linears else weight_conversions
@@ -191,7 +191,8 @@ class MRGPTQHfQuantizer(HfQuantizer):
         else:
             self._calibrate(model)
         if not self.pre_quantized and experts_in(model):
-            model._weight_conversions = conversions_of_linears(model._weight_conversions)
+            loaded: Any = model  # with the conversions of its own checkpoint, which saving reverses
+            loaded._weight_conversions = conversions_of_linears(loaded._weight_conversions)
         if self.skipped:
             logger.warning(f"not converted to FP4: {describe_skipped(self.skipped)}")
         use_kernels(model, self.quantization_config.kernel_source)
@@ -251,7 +252,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
                 model.set_submodule(name, linear.train(layer.training))
         for name, experts in experts_in(model).items():
             model.set_submodule(name, experts.fused())
-            model._weight_conversions = None  # those of the model's class
+            model.__dict__["_weight_conversions"] = None  # those of the model's class
         del model.save_pretrained, model._upload_modified_files
         return model
 

@@ -78,6 +78,7 @@ class ExpertsGroup(Group):
 
     @property
     def entries(self) -> list[str]:
+        """The projection, which is called once for all experts."""
         return [f"{self._owner}.{self._projection}"]
 
     def start(self, inputs: Iterable[Any]) -> None:
@@ -216,6 +217,7 @@ class ExpertsGroup(Group):
         return torch.cat([self._linears[name].weight.detach().float() for name in self._of_expert[expert]])
 
     def simulated(self) -> dict[str, Callable[[Any], torch.Tensor]]:
+        """The projection as its FP4 linears will compute it, on weights that are unpacked once per block."""
         return {self.entries[0]: self._forward_routed}
 
     def _forward_routed(self, routed: Routed) -> torch.Tensor:

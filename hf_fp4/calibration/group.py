@@ -167,7 +167,9 @@ class Group:
             return None
         trials = [self._trial(*sample) for sample in samples]
         sizes = [None, *(k for k in HADAMARD_SIZES if samples[0][0].shape[-1] % k == 0)]
-        tasks = [partial(self._rotation_error, size, *trial) for size in sizes for trial in trials]
+        tasks: list[Callable[[], torch.Tensor]] = [
+            partial(self._rotation_error, size, *trial) for size in sizes for trial in trials
+        ]
         errors = torch.stack(_side_by_side(tasks, samples[0][0].device)).view(len(sizes), -1).sum(1)
         # NaN, where a factorization failed, is no better than anything.
         return sizes[int(errors.nan_to_num(nan=torch.inf).argmin())]
@@ -245,7 +247,7 @@ class Group:
         config, team, moments = self._config, self._team, self._moments
         assert moments is not None
         corrects = config.uses_original_stream
-        if corrects and team.decide(moments.cross is None, lambda: True):
+        if corrects and team.decide(not moments.has_cross, lambda: True):
             moments.forget_cross()
         moments.sum_over(team.sum_)
         if moments.tokens == 0:

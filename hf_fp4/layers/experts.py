@@ -93,9 +93,10 @@ def layout_of_experts(module: nn.Module) -> ExpertsLayout | None:
     if into is None or down is None or into[0] != down[0]:
         return None
     arguments = list(inspect.signature(module.forward).parameters)
+    described: Any = module
     if hasattr(module, "is_transposed"):  # use_experts_implementation
         layout = ExpertsLayout(
-            gated, module.is_transposed, module.has_bias, module.is_concatenated, routed=True
+            gated, described.is_transposed, described.has_bias, described.is_concatenated, routed=True
         )
     else:
         width = 2 if gated else 1
@@ -177,10 +178,14 @@ class Projection(nn.Module):
         every = [linear for linears in found for linear in linears]
         alike = {_kind(linear) for linear in every if type(linear) is FP4Linear and not linear.weight.is_meta}
         same = len(alike) == 1 and all(type(linear) is FP4Linear for linear in every)
-        scales = [
-            linear.input_global_scale for linear in every if same and linear.input_global_scale is not None
-        ]
-        return found if same and all(torch.equal(scale, scales[0]) for scale in scales) else []
+        if not same:
+            return []
+        inputs: list[Any] = [linear.input_global_scale for linear in every]
+        tied = [(scale, inputs[0]) for scale in inputs]
+        for linears in found:  # other tools may give gate and up scales of their own
+            divisors: list[Any] = [linear.weight_global_scale for linear in linears]
+            tied += [(divisor, divisors[0]) for divisor in divisors]
+        return found if all(a is b or torch.equal(a, b) for a, b in tied) else []
 
     def stack(self, kernels: Kernels) -> bool:
         """Lay out the weights as one tensor for ``kernels``; the linears' become views of it. Whether that was possible."""
@@ -199,23 +204,24 @@ class Projection(nn.Module):
 
         divisors = None
         if first.weight_global_scale is not None:
-            divisors = torch.cat([linears[0].weight_global_scale for linears in found])
+            own_divisors: list[Any] = [linears[0].weight_global_scale for linears in found]
+            divisors = torch.cat(own_divisors)
         packed, row_scale = kernels.module.prepare_experts(joined("weight"), joined("weight_scale"), divisors)
         half = first.in_features // 2
         for linears, part in zip(by_linear, layout.parts(packed, len(by_linear)), strict=True):
             for layer, own in zip(linears, part, strict=True):
                 layer.weight, layer.weight_scale = own[:, :half], own[:, half:].view(first.format.scale_dtype)
         bias = None if first.bias is None else joined("bias").detach()
-        self._stacked = _Stacked(kernels, packed, row_scale, bias, first)
+        every = [layer for linears in found for layer in linears]
+        self._stacked = _Stacked(kernels, packed, row_scale, bias, every)
         return True
 
     def unstack(self) -> None:
         """Give each linear memory of its own again."""
         if self._stacked is not None:
+            for linear in self._stacked.linears:
+                linear.weight, linear.weight_scale = (part.contiguous() for part in linear.stored())
             self._stacked = None
-            for linears in self.layers():
-                for linear in linears:
-                    linear.weight, linear.weight_scale = (part.contiguous() for part in linear.stored())
 
 
 def _kind(linear: FP4Linear) -> tuple[Any, ...]:
@@ -226,13 +232,13 @@ def _kind(linear: FP4Linear) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Stacked:
-    """Weights of one projection of all experts: uint8 [E, N, bytes], float32 [E, N], bias [E, N]; and one of its linears."""
+    """Weights of one projection of all experts: uint8 [E, N, bytes], float32 [E, N], bias [E, N]; and its linears."""
 
     kernels: Kernels
     packed: torch.Tensor
     row_scale: torch.Tensor
     bias: torch.Tensor | None
-    linear: FP4Linear
+    linears: list[FP4Linear]
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether the kernels can compute this; gradients and autocast are the linears' own affair."""
@@ -243,7 +249,7 @@ class _Stacked:
 
     def run(self, routed: Routed) -> torch.Tensor:
         """[S, N]."""
-        layer, module = self.linear, self.kernels.module
+        layer, module = self.linears[0], self.kernels.module
         assert module is not None
         return module.grouped_linear(
             routed.tokens,
@@ -283,7 +289,7 @@ class FP4Experts(nn.Module):
 
     _is_hf_initialized = True
 
-    def __init__(self, own: nn.Module, layout: ExpertsLayout):
+    def __init__(self, own: Any, layout: ExpertsLayout):
         super().__init__()
         self.layout, self.num_experts = layout, len(own.down_proj)
         self._own = (own,)
