@@ -225,7 +225,6 @@ class MRGPTQHfQuantizer(HfQuantizer):
             max_length=getattr(text_config, "max_position_embeddings", None),
             model=model,
         )
-        take_experts_apart(model, config.fp4_format, config.modules_to_not_convert or [])
         run = quantize_model(model, config, data)
         self.report, self.skipped = run.reports, run.skipped
         if few := describe_coverage(run.reports):

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..config import MRGPTQConfig
 from ..layers.linear import FP4Linear
-from ..layers.replace import linear_at, replace_linears, select_linears
+from ..layers.replace import linear_at, replace_linears, select_linears, take_experts_apart
 from ..rotation import require_divisor
 from .capture import (
     BlockCall,
@@ -106,6 +106,7 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
         ValueError: no linear converts, the model's structure is not understood, or weights or activations are not
             finite (the message names the layer).
     """
+    take_experts_apart(model, config.fp4_format, config.modules_to_not_convert or [])
     blocks = find_blocks(model)
     selection = select_linears(model, config.fp4_format, config.modules_to_not_convert)
     for name in selection.selected:
