@@ -163,15 +163,13 @@ def damped_cholesky(second: torch.Tensor, damp_percent: float, name: str) -> tup
 class DampedMoments:
     """Second moments, factored once for all that needs their inverse; make one with `of`.
 
-    second: ``S`` float32 [K, K]; added: ``d``; inverse: ``(S + d I)^-1`` [K, K]; name: the layer, for errors; factor: what
-    `upper` gives in the order in which it will be asked for, if it is known already.
+    second: ``S`` float32 [K, K]; added: ``d``; inverse: ``(S + d I)^-1`` [K, K]; name: the layer, for errors.
     """
 
     second: torch.Tensor
     added: float
     inverse: torch.Tensor
     name: str
-    factor: torch.Tensor | None = None
 
     @classmethod
     def of(cls, second: torch.Tensor, damp_percent: float, name: str) -> DampedMoments:
@@ -197,14 +195,14 @@ class DampedMoments:
     def rotated(self, size: int | None) -> DampedMoments:
         """Those of inputs rotated by ``size``; no new factorization, since a rotation commutes with the damping."""
         second, inverse = (rotate(rotate(m, size).T, size) for m in (self.second, self.inverse))
-        return replace(self, second=second, inverse=inverse, factor=None)
+        return replace(self, second=second, inverse=inverse)
 
     def upper(self, order: torch.Tensor | None = None, *, check: bool = True) -> torch.Tensor:
         """Upper ``U`` with ``U^T U = (S + d I)^-1`` [K, K], of the columns in the order ``order`` (int64 [K]).
 
-        ``factor`` if there is one. Without ``check`` a failure is not noticed, and nothing waits for the GPU.
+        Without ``check`` a failure is not noticed, and nothing waits for the GPU.
         """
-        return upper_factors([self], [order], check=check)[0] if self.factor is None else self.factor
+        return upper_factors([self], [order], check=check)[0]
 
     def correct_target(self, weight: torch.Tensor, cross: torch.Tensor, strength: float) -> torch.Tensor:
         """The weight that, on the quantized stream's inputs, best gives what ``weight`` gives on the original stream's.

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from test_team import run_together
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -196,7 +197,7 @@ def test_no_tokens_at_all():
 
 
 def test_renamings_of_a_checkpoint():
-    conversions = transformers.conversion_mapping.get_checkpoint_conversion_mapping("mixtral")
+    conversions = get_checkpoint_conversion_mapping("mixtral")
     changed = conversions_of_linears(conversions)
     assert not any(isinstance(conversion, WeightConverter) for conversion in changed)
     names = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -209,7 +210,7 @@ def test_renamings_of_a_checkpoint():
         for conversion in reversed(changed):
             name, _ = conversion.reverse_transform().rename_source_key(name)
         assert name == saved
-    same = transformers.conversion_mapping.get_checkpoint_conversion_mapping("qwen3_moe")
+    same = get_checkpoint_conversion_mapping("qwen3_moe")
     assert conversions_of_linears(same) == []
 
 

@@ -67,13 +67,13 @@ def alone(original: Path, **fields):
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
 def test_two_processes_make_what_one_makes(original, tmp_path, format):
     """Up to the order in which second moments are added up; the work directory is the first process's."""
-    fields = {"format": format, "allow_unconverted": True, "work_dir": str(tmp_path / "work")}
+    fields = {"format": format, "work_dir": str(tmp_path / "work")}
     run_together(2, original, tmp_path, **fields)
     files = [tmp_path / f"{rank}.safetensors" for rank in (0, 1)]
     assert files[0].read_bytes() == files[1].read_bytes()
     reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert reports[0] == reports[1]
-    model = alone(original, format=format, allow_unconverted=True)
+    model = alone(original, format=format)
     expected = [(row.name, row.hadamard_size, row.error) for row in model.hf_quantizer.report]
     for (name, size, error), (other, other_size, other_error) in zip(reports[0], expected, strict=True):
         assert (name, size) == (other, other_size) and error == pytest.approx(other_error, rel=0.05)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..config import MRGPTQConfig
-from ..gptq import FP4Weight, activation_order
+from ..gptq import FP4Weight, activation_order, descend, output_power, round_weight, solve
 from ..hessian import DampedMoments, SecondMoments, blended, upper_factors
 from ..layers.experts import DOWN, GATE_UP, FP4Experts, Routed, gather_rows
 from ..rotation import rotate
@@ -29,7 +29,7 @@ from .team import Team
 ROTATION_EXPERTS = 4
 """Experts, those with the most tokens, on which the Hadamard size of all is chosen."""
 
-STACKED_VALUES = 1 << 28
+STACKED_VALUES = 1 << 26
 """Values of second moments that are collected and factored at once: as many experts as that allows, at least one."""
 
 
@@ -182,11 +182,9 @@ class ExpertsGroup(Group):
                 targets[i] = damped[i].correct_target(targets[i], cross, config.error_correction)
         scales = [self._global_scale(target) for target in targets]
         mine = range(len(numbers))[self._team.rows(len(numbers))]
-        if self._solves and mine:
-            orders = [activation_order(damped[i].second) if config.act_order else None for i in mine]
-            for i, factor in zip(mine, upper_factors([damped[i] for i in mine], orders), strict=True):
-                damped[i] = replace(damped[i], factor=factor)
-        solved = [self._solve_rows(targets[i], damped[i], scales[i]) for i in mine]
+        solved = self._solve_together(
+            [targets[i] for i in mine], [damped[i] for i in mine], [scales[i] for i in mine]
+        )
         outcomes = {}
         for i, (packed, scale, power) in enumerate(self._joined(solved, targets)):
             names = self._of_expert[numbers[i]]
@@ -196,6 +194,33 @@ class ExpertsGroup(Group):
                 self._take(name, part)
                 outcomes[name] = Outcome.of(power, moments[numbers[i]].tokens, shares[i])
         return outcomes
+
+    def _solve_together(
+        self, targets: list[torch.Tensor], damped: list[DampedMoments], divisors: list[Any]
+    ) -> list[tuple[FP4Weight, torch.Tensor]]:
+        """`Group._solve_rows` of several experts, whose columns are solved in the same launches."""
+        if not targets:
+            return []
+        config, fmt = self._config, self._format
+        weight, second = torch.stack(targets), [each.second for each in damped]
+        scale = torch.stack(list(map(self._scales, targets, second, divisors)))
+        divisor = None if divisors[0] is None else torch.cat(divisors)
+        rounded = solved = round_weight(weight, scale, fmt, divisor)
+        if self._solves:
+            order = torch.stack([activation_order(each) for each in second]) if config.act_order else None
+            upper = torch.stack(upper_factors(damped, [None] * len(damped) if order is None else list(order)))
+            solved = solve(weight, scale, fmt, divisor, upper, order, self._kernels)
+            if config.descent_passes:
+                added = torch.tensor([each.added for each in damped], device=weight.device)
+                solved = descend(
+                    weight, solved, torch.stack(second), added, config.descent_passes, self._kernels
+                )
+        differences = (weight, weight - rounded.dequantize(), weight - solved.dequantize())
+        powers = [
+            torch.stack([output_power(each[i], second[i]) for each in differences])
+            for i in range(len(targets))
+        ]
+        return list(zip(solved.unstack(), powers, strict=True))
 
     def _joined(
         self, solved: list[tuple[FP4Weight, torch.Tensor]], targets: list[torch.Tensor]

@@ -115,7 +115,8 @@ def require_converted(
 ) -> None:
     """Raise ValueError if less than half of what a user expects to be converted is.
 
-    That is every parameter of the text model but its embeddings, its output head and what ``modules_to_not_convert`` names.
+    That is every parameter of the text model but its embeddings, its output head, linears that the format does not fit, and
+    what ``modules_to_not_convert`` names.
     """
     rules = _Rules(model, fmt, modules_to_not_convert)
     expected = sum(
@@ -259,6 +260,7 @@ class _Rules:
         """Whether a user expects the parameters that `module` itself holds to be converted."""
         return not (
             isinstance(module, nn.Embedding)
+            or (isinstance(module, nn.Linear) and module.in_features % self.fmt.group_size)
             or id(module) in self.heads
             or self.outside_text_model(name)
             or self._listed(name)
