@@ -8,11 +8,13 @@ from . import backends as backends  # registers the operators' implementations
 from .compressed_tensors import export_compressed_tensors, import_compressed_tensors
 from .config import MRGPTQConfig
 from .evaluate import evaluate
+from .layers.experts import FP4Experts
 from .layers.linear import FP4Linear
 from .quantizer import MRGPTQHfQuantizer
 
 __version__ = "0.1.0"
 __all__ = [
+    "FP4Experts",
     "FP4Linear",
     "MRGPTQConfig",
     "MRGPTQHfQuantizer",

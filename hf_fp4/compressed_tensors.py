@@ -11,12 +11,15 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging
 
 from .checkpoint_files import Checkpoint, staged, write_json
 from .config import QUANT_METHOD, MRGPTQConfig
 from .formats import FP4Format
-from .layers.replace import find_saved
+from .layers.experts import conversions_of_linears, take_apart
+from .layers.replace import find_saved, text_experts
 from .ops import BROKEN
 from .other_layouts import (
     IMPORTED,
@@ -152,9 +155,10 @@ def import_compressed_tensors(
             f"{layout.packed}; {BROKEN}"
         )
     weights = {module: f"{module}.{layout.weight}" for module in layout.modules}
-    _check_linears(_skeleton(source), source, weights)
+    model = _skeleton(source)
+    _check_linears(model, source, weights)
     own = _restored(source, layout) or {
-        "quantization_config": layout.new_config(activation_scale_rule).to_dict()
+        "quantization_config": layout.new_config(activation_scale_rule, _own_names(model, source)).to_dict()
     }
     load, quantized = lru_cache(maxsize=1)(layout.load), set(layout.modules)
 
@@ -225,7 +229,24 @@ def _skeleton(source: Checkpoint) -> PreTrainedModel | None:
     values = {key: value for key, value in source.config.items() if key != "quantization_config"}
     config_class: Any = model_class.config_class
     with torch.device("meta"):
-        return model_class(config_class.from_dict(values))
+        model = model_class(config_class.from_dict(values))
+    take_apart(model, text_experts(model))
+    return model
+
+
+def _own_names(model: PreTrainedModel | None, source: Checkpoint) -> dict[str, str]:
+    """Name of a module in the files -> in the model, as transformers renames it, for those that have another one there."""
+    if model is None:
+        return {}
+    conversions = conversions_of_linears(get_model_conversion_mapping(model))
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    names = {}
+    for stored in source.tensors:
+        name = stored
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        names[stored.rpartition(".")[0]] = name.rpartition(".")[0]
+    return {stored: name for stored, name in names.items() if stored != name}
 
 
 def _check_linears(model: PreTrainedModel | None, source: Checkpoint, weights: dict[str, str]) -> None:
@@ -233,9 +254,9 @@ def _check_linears(model: PreTrainedModel | None, source: Checkpoint, weights: d
     if model is None:
         return
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    missing = []
+    missing, own_names = [], _own_names(model, source)
     for module, name in weights.items():
-        own_name = find_saved(linears, module, model)
+        own_name = find_saved(linears, own_names.get(module, module), model)
         if own_name is None:
             missing.append(module)
             continue
@@ -251,7 +272,7 @@ def _check_linears(model: PreTrainedModel | None, source: Checkpoint, weights: d
     if missing:
         raise ValueError(
             f"{type(model).__name__} has no linear {missing[0]} (and {len(missing) - 1} more) that the checkpoint "
-            "quantized; experts that transformers keeps in one tensor are not supported"
+            "quantized"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,7 +23,18 @@ LOADING_ATTRIBUTES = ("kernel_repo", "kernel_version", "trust_kernel_repo")
 """A checkpoint does not have these: whoever loads it says which kernels run."""
 
 _DESCENT_PASSES = {FP4Format.NVFP4: 3, FP4Format.MXFP4: 12}
-_NOT_SAVED = ("tokenizer", "batch_size", "calibration_device", "work_dir", *LOADING_ATTRIBUTES)
+_NOT_SAVED = (
+    "tokenizer",
+    "batch_size",
+    "calibration_device",
+    "allow_unconverted",
+    "work_dir",
+    *LOADING_ATTRIBUTES,
+)
+
+
+_OF_EXPERT = re.compile(r"(.*experts)\.(\d+)\.(\w+)")
+_OF_EXPERTS = re.compile(r"(.*experts)\.0-(\d{1,6})\.(\w+)")
 
 
 @dataclass(repr=False)
@@ -58,6 +70,8 @@ class MRGPTQConfig(QuantizationConfigMixin):
             for a model in CPU memory on the GPU if there is one.
         seed: which part of the dataset is used.
         modules_to_not_convert: names of modules that stay as they are, beside the output head, embeddings and routers.
+        allow_unconverted: go on although more than half of the parameters, embeddings and output head not counted, would
+            stay as they are, because they are held in a way that is not understood.
         work_dir: a directory that keeps each finished block, so that a killed run resumes; ``None``: nothing is kept.
         kernel_repo, kernel_version: the repository on the Hugging Face kernels hub that GPU kernels are loaded from, and the
             version of its API. They are not saved: pass them again when you load a checkpoint. ``LOCAL_KERNELS`` works as
@@ -88,6 +102,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
     calibration_device: str | None = None
     seed: int = 0
     modules_to_not_convert: list[str] | None = None
+    allow_unconverted: bool = False
     work_dir: str | os.PathLike | None = None
     kernel_repo: str = KernelSource.repo
     kernel_version: int = KernelSource.version
@@ -113,6 +128,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
         if self.descent_passes is None:
             self.descent_passes = _DESCENT_PASSES[self.fp4_format]
         _one_of("act_order", self.act_order, (True, False))
+        _one_of("allow_unconverted", self.allow_unconverted, (True, False))
         _one_of("trust_kernel_repo", self.trust_kernel_repo, (True, False))
         if not isinstance(self.kernel_repo, str) or self.kernel_repo.count("/") != 1:
             raise ValueError(f'kernel_repo must be "owner/name" on the kernels hub, got {self.kernel_repo!r}')
@@ -147,6 +163,8 @@ class MRGPTQConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{name} must be what a run wrote, a dictionary, got {value!r}")
+        if self.modules is not None:
+            self.modules = _unfolded(self.modules)
         for module, size in (self.modules or {}).items():
             _one_of(f"the Hadamard size of {module}", size, (None, *HADAMARD_SIZES))
 
@@ -216,6 +234,8 @@ class MRGPTQConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What is written to config.json: JSON values only, without what only the run itself needs."""
         saved = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_SAVED}
+        if self.modules is not None:
+            saved["modules"] = _folded(self.modules)
         if not isinstance(self.dataset, str) or os.path.exists(self.dataset):  # no objects, no local paths
             saved["dataset"] = (self.calibration or {}).get("dataset", type(self.dataset).__name__)
         return {**saved, "how_to_load": _HOW_TO_LOAD}
@@ -245,6 +265,37 @@ class MRGPTQConfig(QuantizationConfigMixin):
             )
         config = cls(**{**values, **{k: kwargs.pop(k) for k in list(kwargs) if k in known}})
         return (config, kwargs) if return_unused_kwargs else config
+
+
+def _folded(modules: dict[str, int | None]) -> dict[str, int | None]:
+    """Linears of all experts of a layer as one, ``experts.0-127.up_proj``, if they have the same size; there are thousands."""
+    found: dict[str, dict[int, int | None]] = {}
+    for name, size in modules.items():
+        if match := _OF_EXPERT.fullmatch(name):
+            found.setdefault(f"{match[1]}.{{}}.{match[3]}", {})[int(match[2])] = size
+    alike = {
+        pattern: sizes
+        for pattern, sizes in found.items()
+        if len(sizes) > 1 and set(sizes) == set(range(len(sizes))) and len(set(sizes.values())) == 1
+    }
+    folded = {}
+    for name, size in modules.items():
+        match = _OF_EXPERT.fullmatch(name)
+        pattern = f"{match[1]}.{{}}.{match[3]}" if match else ""
+        folded[pattern.format(f"0-{len(alike[pattern]) - 1}") if pattern in alike else name] = size
+    return folded
+
+
+def _unfolded(modules: dict[str, int | None]) -> dict[str, int | None]:
+    """The inverse of `_folded`, but for the order."""
+    names = {}
+    for name, size in modules.items():
+        match = _OF_EXPERTS.fullmatch(name)
+        if match is None:
+            names[name] = size
+            continue
+        names |= {f"{match[1]}.{expert}.{match[3]}": size for expert in range(int(match[2]) + 1)}
+    return names
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:

@@ -22,9 +22,10 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class FP4Weight:
-    """A quantized weight as it is stored.
+    """A quantized weight as it is stored, or a stack of them.
 
-    packed: uint8 [N, K/2]; scale: [N, K/group_size]; global_scale: float32 [1] or None (MXFP4).
+    packed: uint8 [N, K/2]; scale: [N, K/group_size]; global_scale: float32 [1] or None (MXFP4). A stack of E has [E, ...], and
+    global_scale [E].
     """
 
     packed: torch.Tensor
@@ -35,7 +36,16 @@ class FP4Weight:
     def dequantize(self) -> torch.Tensor:
         """float32 [N, K]."""
         values = decode_e2m1(unpack(self.packed)).unflatten(-1, (-1, self.format.group_size))
-        return (values * step(self.scale, self.format, self.global_scale)[..., None]).flatten(-2)
+        divisor = _over(self.scale, self.global_scale)
+        return (values * step(self.scale, self.format, divisor)[..., None]).flatten(-2)
+
+    def unstack(self) -> list[FP4Weight]:
+        """The weights of a stack."""
+        divisors = [None] * len(self.packed) if self.global_scale is None else self.global_scale.split(1)
+        return [
+            FP4Weight(packed, scale, divisor, self.format)
+            for packed, scale, divisor in zip(self.packed, self.scale, divisors, strict=True)
+        ]
 
     def split(self, rows: list[int]) -> list[FP4Weight]:
         """Cut stacked output rows back into the weights they were stacked from."""
@@ -47,9 +57,18 @@ class FP4Weight:
 def round_weight(
     weight: torch.Tensor, scale: torch.Tensor, fmt: FP4Format, global_scale: torch.Tensor | None
 ) -> FP4Weight:
-    """Round every value to nearest under given scales (RTN). ``weight`` float32 [N, K], ``scale`` [N, K/group_size]."""
-    blocks = weight.unflatten(-1, (-1, fmt.group_size)) * inverse_step(scale, fmt, global_scale)[..., None]
+    """Round every value to nearest under given scales (RTN). ``weight`` float32 [N, K], ``scale`` [N, K/group_size].
+
+    Or a stack, [E, N, K] and [E, N, K/group_size], with ``global_scale`` [E].
+    """
+    inverse = inverse_step(scale, fmt, _over(scale, global_scale))
+    blocks = weight.unflatten(-1, (-1, fmt.group_size)) * inverse[..., None]
     return FP4Weight(pack(encode_e2m1(blocks.flatten(-2))), scale, global_scale, fmt)
+
+
+def _over(scale: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor | None:
+    """Global scales, [1], or [E] of a stack, so that they broadcast to ``scale`` [..., N, K/group_size]."""
+    return global_scale if global_scale is None or scale.dim() == 2 else global_scale.view(-1, 1, 1)
 
 
 def solve(
@@ -63,7 +82,9 @@ def solve(
 ) -> FP4Weight:
     """Quantize column by column, each column's error moved onto the columns that are still to come.
 
-    Rows are independent, so layers that share an input are stacked along N and solved at once.
+    Rows are independent, so layers that share an input are stacked along N and solved at once. Layers of the same shape that
+    don't, such as the experts of a layer, may be stacked in front: [E, N, K] and the others likewise, global_scale [E]; kernels
+    then solve them in the same launches.
 
     Args:
         weight: float32 [N, K], rotated.
@@ -80,6 +101,9 @@ def solve(
     columns, steps, inverse = _columns(order, weight, *_steps(scale, fmt, global_scale))
     if kernels.module is not None:
         quantized = kernels.module.gptq_solve(columns, steps, inverse, upper)
+    elif columns.dim() == 3:
+        each = zip(columns, steps, inverse, upper, strict=True)
+        quantized = torch.stack([_solve_columns(*tensors) for tensors in each])
     else:
         quantized = _solve_columns(columns, steps, inverse, upper)
     return round_weight(_rows(order, quantized), scale, fmt, global_scale)
@@ -111,14 +135,15 @@ def descend(
     weight: torch.Tensor,
     quantized: FP4Weight,
     second: torch.Tensor,
-    added: float,
+    added: float | torch.Tensor,
     passes: int = 1,
     kernels: Kernels = REFERENCE,
 ) -> FP4Weight:
     """Lower the damped output error ``tr((W - Q) (S + d I) (W - Q)^T)`` by coordinate descent over codes and block scales.
 
     Group by group, every code is set to what leaves the least error while everything else stays as it is; then the group's
-    scale moves to a neighbour on its grid if the error is lower with it. No step raises it. Rows are independent.
+    scale moves to a neighbour on its grid if the error is lower with it. No step raises it. Rows are independent. Stacks as for
+    `solve`, with ``added`` [E].
 
     Args:
         weight: float32 [N, K], rotated: the target of the solve.
@@ -132,12 +157,16 @@ def descend(
     target, current = _columns(None, weight, quantized.dequantize())
     (scale,) = _columns(None, quantized.scale)
     matrix = second.clone()
-    matrix.diagonal().add_(added)
+    matrix.diagonal(dim1=-2, dim2=-1).add_(added if isinstance(added, float) else added[:, None])
     if kernels.module is not None:
         kernels.module.gptq_descend(target, current, scale, matrix, passes, fmt.value, global_scale)
+    elif target.dim() == 3:
+        for i, tensors in enumerate(zip(target, current, scale, matrix, strict=True)):
+            divisor = None if global_scale is None else global_scale[i : i + 1]
+            _descend_columns(*tensors, passes, fmt, divisor)
     else:
         _descend_columns(target, current, scale, matrix, passes, fmt, global_scale)
-    return round_weight(current.T.contiguous(), scale.T.contiguous(), fmt, global_scale)
+    return round_weight(current.mT.contiguous(), scale.mT.contiguous(), fmt, global_scale)
 
 
 def _descend_columns(
@@ -211,22 +240,29 @@ def _steps(
     scale: torch.Tensor, fmt: FP4Format, global_scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What one unit of E2M1 is worth in every place of the weight, and its inverse, [N, K]."""
-    units, inverse = step(scale, fmt, global_scale), inverse_step(scale, fmt, global_scale)
-    return units.repeat_interleave(fmt.group_size, dim=1), inverse.repeat_interleave(fmt.group_size, dim=1)
+    divisor = _over(scale, global_scale)
+    units, inverse = step(scale, fmt, divisor), inverse_step(scale, fmt, divisor)
+    return units.repeat_interleave(fmt.group_size, -1), inverse.repeat_interleave(fmt.group_size, -1)
 
 
 def _columns(order: torch.Tensor | None, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Each [N, K] as a new [K, N], where one column of the weight is contiguous, in the given order."""
-    return [
-        tensor.T.clone(memory_format=torch.contiguous_format) if order is None else tensor.T[order]
-        for tensor in tensors
-    ]
+    """Each [N, K] as a new [K, N], where one column of the weight is contiguous, in the given order; stacks likewise."""
+    if order is None:
+        return [tensor.mT.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    if order.dim() == 1:
+        return [tensor.T[order] for tensor in tensors]
+    return [torch.stack([each.T[own] for each, own in zip(t, order, strict=True)]) for t in tensors]
 
 
 def _rows(order: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
     """The inverse of `_columns`."""
-    rows = columns if order is None else torch.empty_like(columns).index_copy_(0, order, columns)
-    return rows.T.contiguous()
+    if order is None:
+        rows = columns
+    elif order.dim() == 1:
+        rows = torch.empty_like(columns).index_copy_(0, order, columns)
+    else:
+        rows = torch.empty_like(columns).scatter_(1, order[..., None].expand_as(columns), columns)
+    return rows.mT.contiguous()
 
 
 def activation_order(second: torch.Tensor) -> torch.Tensor:

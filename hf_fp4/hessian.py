@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +42,15 @@ class SecondMoments:
                 )
             _add_product(self._cross, original, x)
         self.tokens += x.shape[0]
+
+    @property
+    def has_cross(self) -> bool:
+        """Whether ``C`` is collected."""
+        return self._cross is not None
+
+    def forget_cross(self) -> None:
+        """Collect second moments only, from now on."""
+        self._cross = None
 
     def sum_over(self, sum_: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Add what other processes collected; ``sum_`` adds up a tensor over all of them, in place."""
@@ -89,6 +98,34 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += torch.mm(a.T, b, out_dtype=torch.float32)
     else:
         total.addmm_(a.float().T, b.float())
+
+
+def blended(
+    own: SecondMoments,
+    pooled: tuple[torch.Tensor, torch.Tensor | None] | None,
+    divisor: torch.Tensor | None = None,
+) -> tuple[float, torch.Tensor, torch.Tensor | None]:
+    """Mean moments of an expert that may have seen few tokens: each that it lacks counts as an average one of its layer.
+
+    With ``n`` tokens for ``K`` features, fewer of which leave second moments singular: ``share = min(1, n / K)`` and
+    ``share * own + (1 - share) * pooled``, of second and cross moments alike, so that they still belong together.
+
+    Args:
+        own: of the tokens routed to it, maybe none; in whose memory the result is, see `SecondMoments.mean`.
+        pooled: the means of the tokens of all experts; None when no expert lacks any.
+        divisor: as for `SecondMoments.mean`.
+
+    Returns:
+        The share, second and cross moments [K, K] (None when not collected).
+    """
+    second, cross = own.mean(divisor)
+    share = min(1.0, own.tokens / len(second))
+    if share == 1.0 or pooled is None:
+        return 1.0, second, cross
+    second.lerp_(pooled[0], 1 - share)
+    if cross is not None and pooled[1] is not None:
+        cross.lerp_(pooled[1], 1 - share)
+    return share, second, cross
 
 
 def damping(second: torch.Tensor, damp_percent: float) -> float:
@@ -140,6 +177,21 @@ class DampedMoments:
         lower, added = damped_cholesky(second, damp_percent, name)
         return cls(second, added, torch.cholesky_inverse(lower), name)
 
+    @classmethod
+    def stack(cls, second: torch.Tensor, damp_percent: float, names: list[str]) -> list[DampedMoments]:
+        """`of` for each of ``second`` [E, K, K], factored as one batch; those that need more damping get it one by one."""
+        added = [damping(each, damp_percent) for each in second]
+        damped = second.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(torch.tensor(added, device=second.device)[:, None])
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        fine = (failed == 0) & lower.isfinite().flatten(1).all(1)
+        lower[~fine] = torch.eye(lower.shape[-1], device=lower.device)
+        inverse = torch.cholesky_inverse(lower)
+        return [
+            cls(each, d, i, name) if ok else cls.of(each, damp_percent, name)
+            for each, d, i, name, ok in zip(second, added, inverse, names, fine.tolist(), strict=True)
+        ]
+
     def rotated(self, size: int | None) -> DampedMoments:
         """Those of inputs rotated by ``size``; no new factorization, since a rotation commutes with the damping."""
         second, inverse = (rotate(rotate(m, size).T, size) for m in (self.second, self.inverse))
@@ -150,13 +202,7 @@ class DampedMoments:
 
         Without ``check`` a failure is not noticed, and nothing waits for the GPU.
         """
-        inverse = self.inverse if order is None else self.inverse[order[:, None], order]
-        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if check and (failed or not torch.isfinite(upper).all()):
-            raise RuntimeError(
-                f"the inverse second moments of {self.name} could not be factored; use a larger damp_percent"
-            )
-        return upper
+        return upper_factors([self], [order], check=check)[0]
 
     def correct_target(self, weight: torch.Tensor, cross: torch.Tensor, strength: float) -> torch.Tensor:
         """The weight that, on the quantized stream's inputs, best gives what ``weight`` gives on the original stream's.
@@ -177,3 +223,21 @@ class DampedMoments:
         # One step of refinement: an explicit inverse alone loses half the digits that a solve would keep.
         missing = wanted - corrected @ self.second - self.added * corrected
         return torch.lerp(weight, corrected.addmm_(missing, self.inverse), strength)
+
+
+def upper_factors(
+    moments: Sequence[DampedMoments], orders: Sequence[torch.Tensor | None], *, check: bool = True
+) -> list[torch.Tensor]:
+    """`DampedMoments.upper` of each, factored as one batch."""
+    pairs = zip(moments, orders, strict=True)
+    inverses = [m.inverse if order is None else m.inverse[order[:, None], order] for m, order in pairs]
+    batch = torch.stack(inverses) if len(inverses) > 1 else inverses[0][None]  # a large one is not copied
+    upper, failed = torch.linalg.cholesky_ex(batch, upper=True)
+    if check:
+        fine = ((failed == 0) & upper.isfinite().flatten(1).all(1)).tolist()
+        if not all(fine):
+            raise RuntimeError(
+                f"the inverse second moments of {moments[fine.index(False)].name} could not be factored; use a larger "
+                "damp_percent"
+            )
+    return list(upper)

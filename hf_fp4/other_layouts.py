@@ -155,9 +155,9 @@ class OtherLayout:
     def _convert(self, module: str, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {new: stored[leaf] for leaf, new in self.names.items() if new and leaf in stored}
 
-    def new_config(self, activation_scale_rule: str | None) -> MRGPTQConfig:
-        """The config with which this package loads the linears."""
-        sizes = {module: self.hadamard_size(module) for module in self.modules}
+    def new_config(self, activation_scale_rule: str | None, own_names: dict[str, str]) -> MRGPTQConfig:
+        """The config with which this package loads the linears; ``own_names``: what the model calls them, if otherwise."""
+        sizes = {own_names.get(module, module): self.hadamard_size(module) for module in self.modules}
         came_from = IMPORTED + self.tool
         return MRGPTQConfig(
             format=self.format.value,

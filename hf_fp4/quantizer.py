@@ -25,13 +25,24 @@ from .backends import describe, select
 from .calibration.capture import find_blocks, require_finite
 from .calibration.data import calibration_batches
 from .calibration.driver import LayerReport, quantize_model
+from .calibration.experts import describe_coverage
 from .calibration.group import new_layer
 from .checkpoint_files import check_shards, staged, stored_names
 from .config import QUANT_METHOD, MRGPTQConfig
 from .gptq import round_weight
-from .layers.linear import FP4Linear, use_kernels
+from .layers.experts import FP4Experts, conversions_of_linears, experts_in, put_back, take_apart, use_kernels
+from .layers.linear import FP4Linear
 from .layers.lora import refuse_merging
-from .layers.replace import describe_skipped, find_saved, linear_at, replace_linears, select_linears
+from .layers.replace import (
+    describe_skipped,
+    find_saved,
+    linear_at,
+    replace_linears,
+    require_converted,
+    select_linears,
+    take_experts_apart,
+    text_experts,
+)
 from .model_card import CARD_NAME, card_on_hub, write_card
 from .other_layouts import quantization_of
 from .rotation import largest_size, require_divisor, rotate
@@ -68,6 +79,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
         self.loaded_from = ""
         self._on_load: _QuantizeOnLoad | None = None
         self._stored: set[str] = set()
+        self._reads_linears = False
         if self.pre_quantized and quantization_config.modules is None:
             raise ValueError(
                 "the checkpoint's quantization_config does not list its quantized modules; it is damaged or was saved "
@@ -112,8 +124,13 @@ class MRGPTQHfQuantizer(HfQuantizer):
             _refuse_strangers(model, stored)
             return
         _refuse_quantized(checkpoint_files or [])
-        selection = select_linears(model, config.fp4_format, config.modules_to_not_convert)
+        entries = config.modules_to_not_convert or []
+        take_experts_apart(model, config.fp4_format, entries)
+        selection = select_linears(model, config.fp4_format, entries)
+        if not config.allow_unconverted:
+            require_converted(model, config.fp4_format, entries, selection)
         if config.needs_calibration:
+            put_back(model, experts_in(model))
             find_blocks(model)  # what cannot be calibrated is refused before weights and text are read
         else:
             self.skipped = selection.skipped
@@ -122,6 +139,10 @@ class MRGPTQHfQuantizer(HfQuantizer):
 
     def _insert_layers(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
+        experts = text_experts(model)
+        if any(find_saved(experts, saved.rsplit(".", 2)[0], model) for saved in config.modules or {}):
+            take_apart(model, experts)
+            self._reads_linears = True
         linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         sizes, missing = {}, []
         for saved, size in (config.modules or {}).items():
@@ -142,9 +163,13 @@ class MRGPTQHfQuantizer(HfQuantizer):
         replace_linears(model, factory, sizes)
         config.modules = sizes
 
+    def update_weight_conversions(  # 5.17 does not pass the model
+        self, weight_conversions: list, model: PreTrainedModel | None = None
+    ) -> list:
+        return conversions_of_linears(weight_conversions) if self._reads_linears else weight_conversions
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        module_name, _, tensor_name = param_name.rpartition(".")
-        return self._on_load is not None and tensor_name == "weight" and module_name in self._on_load.sizes
+        return self._on_load is not None and self._on_load.takes(param_name)
 
     def get_quantize_ops(self) -> ConversionOps:
         if self._on_load is None:
@@ -165,6 +190,9 @@ class MRGPTQHfQuantizer(HfQuantizer):
             _check_layers(model)
         else:
             self._calibrate(model)
+        if not self.pre_quantized and experts_in(model):
+            loaded: Any = model  # with the conversions of its own checkpoint, which saving reverses
+            loaded._weight_conversions = conversions_of_linears(loaded._weight_conversions)
         if self.skipped:
             logger.warning(f"not converted to FP4: {describe_skipped(self.skipped)}")
         use_kernels(model, self.quantization_config.kernel_source)
@@ -199,6 +227,11 @@ class MRGPTQHfQuantizer(HfQuantizer):
         )
         run = quantize_model(model, config, data)
         self.report, self.skipped = run.reports, run.skipped
+        if few := describe_coverage(run.reports):
+            logger.warning(
+                "experts that got fewer calibration tokens than their input has features (the tokens in brackets), so that the "
+                f"other experts' tokens make up for the rest: {few}; use more samples"
+            )
         config.modules = {row.name: row.hadamard_size for row in run.reports}
         config.calibration = {
             "dataset": data.description,
@@ -216,6 +249,9 @@ class MRGPTQHfQuantizer(HfQuantizer):
                 if layer.bias is not None:
                     linear.bias = nn.Parameter(layer.bias.detach().to(dtype or model.dtype))
                 model.set_submodule(name, linear.train(layer.training))
+        for name, experts in experts_in(model).items():
+            model.set_submodule(name, experts.fused())
+            model.__dict__["_weight_conversions"] = None  # those of the model's class
         del model.save_pretrained, model._upload_modified_files
         return model
 
@@ -255,6 +291,20 @@ class _QuantizeOnLoad(ConversionOps):
             return layer
 
         replace_linears(model, factory, names)
+        self._experts = experts_in(model)
+        for experts in self._experts.values():  # transformers reads what the model's own module has
+            for parameter in experts.layout.parameters:
+                experts.register_parameter(parameter, getattr(experts.own, parameter))
+
+    def takes(self, parameter: str) -> bool:
+        """Whether `convert` is for this tensor, by its full name."""
+        module, _, leaf = parameter.rpartition(".")
+        experts = self._experts.get(module)
+        return (
+            leaf == "weight"
+            and module in self.sizes
+            or (experts is not None and leaf in experts.layout.parameters)
+        )
 
     def _size(self, name: str, in_features: int) -> int | None:
         size = self._config.hadamard_group_size
@@ -269,10 +319,23 @@ class _QuantizeOnLoad(ConversionOps):
         self, input_dict: dict[str, Any], **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         ((key, value),) = input_dict.items()
+        value = value[0] if isinstance(value, list) else value
+        module, _, leaf = key.rpartition(".")
+        if module not in self._experts:
+            return self._convert_one(key, value)
+        experts = self._experts[module]
+        delattr(experts, leaf)
+        kwargs["missing_keys"].discard(key)
+        parts = experts.layout.split(leaf, value).items()
+        return {name: t for n, part in parts for name, t in self._convert_one(f"{module}.{n}", part).items()}
+
+    def _convert_one(self, key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
         name = key.removesuffix(".weight")
+        if name not in self.sizes:  # an expert's bias, or a linear that stays as it is
+            return {key: value.clone()}
         group = self._partners[name]
         waiting = self._waiting.setdefault(group, {})
-        waiting[name] = value[0] if isinstance(value, list) else value
+        waiting[name] = value
         if len(waiting) < len(group):
             return {}
         try:
@@ -423,7 +486,7 @@ def _save_in_one_step(
     model: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
 ) -> None:
     """`save_pretrained` that changes nothing in ``save_directory`` unless it succeeds."""
-    layers = [module for module in model.modules() if isinstance(module, FP4Linear)]
+    layers = [module for module in model.modules() if isinstance(module, (FP4Linear, FP4Experts))]
     with staged(save_directory) as staging, ExitStack() as stored:
         for layer in layers:  # one by one: a state dict of restored weights would hold all of them twice
             stored.enter_context(layer.stored_layout())

@@ -5,6 +5,7 @@ It shows what a layer asks of kernels and when, on a machine that none of the re
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ prepared: list[dict[str, Any]] = []
 """The arguments of every preparation of tokens that ran, also inside a compiled graph."""
 
 fake_quantized: list[str] = []
+grouped: list[int] = []
 solved: list[str] = []
 
 
@@ -131,6 +133,33 @@ def gptq_descend(target, current, scale, matrix, passes, format, global_scale=No
 def linear(x, packed, row_scale, bias=None, **arguments):
     format = "nvfp4" if packed.shape[1] == x.shape[-1] // 2 + x.shape[-1] // 16 else "mxfp4"
     return gemm(prepare_activation(x, format=format, **arguments), packed, row_scale, bias)
+
+
+def prepare_experts(weight, weight_scale, weight_global_scale):
+    """As the real one: a row's scales behind its codes, since layers read them from there."""
+    rows = torch.ones(weight.shape[:2])
+    if weight_global_scale is not None:
+        rows = (1 / weight_global_scale)[:, None].expand(weight.shape[:2])
+    return torch.cat([weight, weight_scale.view(torch.uint8)], dim=2), rows.contiguous()
+
+
+def grouped_linear(x, offsets, packed, row_scale, bias=None, *, index=None, **arguments):
+    """Row by row block of `linear`."""
+    grouped.append(len(x))
+    format = "nvfp4" if packed.shape[2] == x.shape[-1] // 2 + x.shape[-1] // 16 else "mxfp4"
+    tokens = prepare_activation(x, format=format, fp8=False, **arguments)
+    rows = torch.arange(len(x)) if index is None else index
+    result = x.new_zeros(len(rows), packed.shape[1])
+    for expert, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
+        own = rows[start:stop]
+        divisor = tokens.divisor if tokens.divisor.numel() == 1 else tokens.divisor[own]
+        result[start:stop] = gemm(
+            PreparedTokens(tokens.values[own], divisor, tokens.dtype),
+            packed[expert] ^ 255,
+            row_scale[expert],
+            None if bias is None else bias[expert],
+        )
+    return result
 
 
 def reference(layer, x):

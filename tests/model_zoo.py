@@ -1,6 +1,6 @@
 """Tiny random models of many families, made from configs: no network, fixed seeds, a fraction of a second each.
 
-`FAMILIES` are the text-only causal LMs; `OTHERS` are models that only selection and block finding must cope with.
+`FAMILIES` are the text-only causal LMs, `EXPERTS` those with experts in 3-D parameters; `OTHERS` are models that only selection and block finding must cope with.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from transformers import (
     BloomConfig,
     CLIPVisionConfig,
     CohereConfig,
+    DeepseekV3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     MistralConfig,
     MixtralConfig,
     ModernBertDecoderConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
@@ -36,6 +40,7 @@ from transformers import (
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     RwkvConfig,
     T5Config,
 )
@@ -116,6 +121,42 @@ _CONFIGS = {
     "qwen2_moe": lambda: Qwen2MoeConfig(
         **_COMMON, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=64
     ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_COMMON, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+    "olmoe": lambda: OlmoeConfig(
+        **{**_COMMON, "intermediate_size": 32}, num_experts=8, num_experts_per_tok=2
+    ),
+    # One dense layer, then experts beside shared ones.
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **{**_COMMON, "num_key_value_heads": 4, "num_hidden_layers": 3},
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
+    # Transposed, with biases, gate and up taking turns.
+    "gpt_oss": lambda: GptOssConfig(
+        **{**_COMMON, "intermediate_size": 64},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+    ),
+    # Every expert is given every token, times its weight; every other layer is dense.
+    "llama4": lambda: Llama4TextConfig(
+        **{**_COMMON, "intermediate_size": 64},
+        intermediate_size_mlp=128,
+        num_local_experts=4,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=32,
+    ),
     "llava": lambda: LlavaConfig(
         text_config=_llama(),
         vision_config=CLIPVisionConfig(**_VISION),
@@ -129,7 +170,8 @@ _CONFIGS = {
 }
 _CLASSES = {"llava": AutoModelForImageTextToText, "bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
 
-OTHERS = ["bloom", "cohere", "modernbert_decoder", "rwkv", "gpt2", "mixtral", "qwen2_moe", *_CLASSES]
+EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "llama4"]
+OTHERS = ["bloom", "cohere", "modernbert_decoder", "rwkv", "gpt2", *EXPERTS, *_CLASSES]
 FAMILIES = [family for family in _CONFIGS if family not in OTHERS]
 
 

@@ -94,6 +94,7 @@ def test_every_field_that_is_given_arrives(original, text_file, tmp_path, monkey
         "calibration_device": "cpu",
         "seed": 5,
         "modules_to_not_convert": ["k_proj", "v_proj"],
+        "allow_unconverted": True,
         "work_dir": str(tmp_path / "work"),
         "kernel_repo": "you/yours",
         "kernel_version": 2,

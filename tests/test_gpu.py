@@ -15,10 +15,17 @@ import pytest
 import torch
 from model_zoo import tiny_tokens
 from tolerances import FLOOR, relative_error
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from hf_fp4 import MRGPTQConfig
 from hf_fp4.backends import KernelSource, hub, select
+from hf_fp4.layers.experts import experts_in
 from hf_fp4.layers.linear import FP4Linear, use_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -80,6 +87,55 @@ def on_the_reference(model: torch.nn.Module) -> torch.nn.Module:
     for layer in layers_of(other):
         layer.use_kernels(None)
     return other
+
+
+@pytest.fixture(scope="module")
+def original_of_experts(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("experts")
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=16, num_experts_per_tok=4, eos_token_id=None,
+        bos_token_id=None,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("activations", ["fp4", "bf16"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_experts_run_as_one_and_are_close_to_the_reference(format, activations, original_of_experts):
+    model = quantize(original_of_experts, format=format, activations=activations)
+    for experts in experts_in(model).values():
+        for tokens in (1, 16, 700):
+            x = torch.randn(tokens, 256, dtype=torch.bfloat16, device="cuda")
+            index = torch.rand(tokens, 16, device="cuda").topk(4).indices
+            arguments = (x, index, torch.rand(tokens, 4, device="cuda", dtype=torch.bfloat16))
+            with torch.no_grad():
+                y = experts(*arguments)
+                experts.use_kernels(None)
+                expected = experts(*arguments)
+            experts.use_kernels(SOURCE)
+            assert experts.gate_up._stacked is not None and experts.down._stacked is not None
+            # Rounding in bfloat16 between gate, up and down may move a code of the activations.
+            assert relative_error(y, expected) < (0.03 if activations == "fp4" else 4 * FLOOR[torch.bfloat16])
+
+
+def test_experts_in_a_cuda_graph_take_any_routing(original_of_experts):
+    experts = experts_in(quantize(original_of_experts, method="rtn"))["model.layers.0.mlp.experts"]
+    x = torch.randn(16, 256, dtype=torch.bfloat16, device="cuda")
+    weights = torch.rand(16, 4, device="cuda", dtype=torch.bfloat16)
+    index = torch.rand(16, 16, device="cuda").topk(4).indices
+    with torch.no_grad():
+        experts(x, index, weights)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = experts(x, index, weights)
+        for _ in range(3):
+            index.copy_(torch.rand(16, 16, device="cuda").topk(4).indices)
+            graph.replay()
+            assert torch.equal(y, experts(x, index, weights))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 40, 300, 700])

@@ -259,11 +259,11 @@ class Spy:
         self.original: dict[str, list[torch.Tensor | None]] = {}
         observe = Group.observe
 
-        def spied(group, x, original):
+        def spied(group, x, original, tokens):
             for name in group.names:
                 self.quantized.setdefault(f"{group.prefix}.{name}", []).append(x.clone())
                 self.original.setdefault(f"{group.prefix}.{name}", []).append(original)
-            return observe(group, x, original)
+            return observe(group, x, original, tokens)
 
         monkeypatch.setattr(Group, "observe", spied)
 
@@ -348,10 +348,10 @@ def test_inputs_that_do_not_fit_are_computed_again(name, zoo, monkeypatch):
     seen, alive = [], []
     observe = Group.observe
 
-    def watched(self, x, original):
+    def watched(self, x, original, tokens):
         seen.append(weakref.ref(x))
         alive.append(sum(each() is not None for each in seen))
-        observe(self, x, original)
+        observe(self, x, original, tokens)
 
     monkeypatch.setattr(Group, "observe", watched)
     monkeypatch.setattr(driver, "_fits", lambda size, device: False)
@@ -487,10 +487,10 @@ def test_the_input_scale_leaves_headroom_over_everything_seen(large, zoo, monkey
     seen: dict[str, list[torch.Tensor]] = {}
     observe = Group.observe
 
-    def scaled(group, x, original):
+    def scaled(group, x, original, tokens):
         batches = seen.setdefault(f"{group.prefix}.{group.names[0]}", [])
         batches.append(x * 8 if len(batches) == large else x)
-        return observe(group, batches[-1], original)
+        return observe(group, batches[-1], original, tokens)
 
     monkeypatch.setattr(Group, "observe", scaled)
     layers = fp4_linears(quantize(zoo("llama"), hadamard_group_size=16))

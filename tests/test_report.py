@@ -44,6 +44,8 @@ def test_json_holds_everything_and_a_plot_goes_with_it(tmp_path):
         "rounded_error": 0.04,
         "error": 0.03,
         "seconds": 0.5,
+        "tokens": None,
+        "own_share": None,
     }
     assert len(content["layers"]) == 4 and content["skipped"] == SKIPPED
     plotted = importlib.util.find_spec("matplotlib") is not None

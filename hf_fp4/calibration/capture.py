@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..layers.experts import FP4Experts
 from ..layers.replace import tower_names
 
 _FINGERPRINT_VALUES = 64
@@ -208,12 +209,16 @@ class _ProbeRecorder:
         self.running: int | None = None
         self.linear_calls: dict[int, list[_LinearCall]] = {}
         self.owners: dict[int, list[tuple[int, str]]] = {}
-        self.linears: dict[int, nn.Linear] = {}
+        self.linears: dict[int, nn.Linear | FP4Experts] = {}
         for index, block in enumerate(blocks.modules):
+            experts = ""
             for name, module in block.named_modules(remove_duplicate=False):
-                if type(module) is nn.Linear:
-                    self.owners.setdefault(id(module), []).append((index, name))
-                    self.linears[id(module)] = module
+                if isinstance(module, FP4Experts):
+                    experts = f"{name}."
+                elif type(module) is not nn.Linear or (experts and name.startswith(experts)):
+                    continue
+                self.owners.setdefault(id(module), []).append((index, name))
+                self.linears[id(module)] = module
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -267,14 +272,32 @@ class _ProbeRecorder:
         mine = [
             (key, name) for key, owners in self.owners.items() for owner, name in owners if owner == index
         ]
-        skipped = {name: reason for key, name in mine if (reason := self._reason_to_skip(key, index))}
-        names = {key: name for key, name in mine if name not in skipped}
+        reasons = {key: self._reason_to_skip(key, index) for key, _ in mine}
+        skipped = {
+            n: reason for key, name in mine if (reason := reasons[key]) for n in self._linears_of(key, name)
+        }
+        names = {key: name for key, name in mine if not reasons[key]}
         groups: dict[tuple[Any, ...], list[str]] = {}
         for key, calls in self.linear_calls.items():  # in the order of first calls
-            if key in names:
+            module = self.linears[key]
+            if key not in names:
+                continue
+            if isinstance(module, FP4Experts):
+                for projection in module.layout.projections:
+                    groups[key, projection] = self._linears_of(key, names[key], projection)
+            else:
                 groups.setdefault(_identity_of(calls[0]), []).append(names[key])
         output = self.outputs[index]
         return BlockPlan(list(groups.values()), None if isinstance(output, Tensor) else len(output), skipped)
+
+    def _linears_of(self, key: int, name: str, projection: str | None = None) -> list[str]:
+        """Names of the linears of experts, of one projection or of all; of a linear its own."""
+        module = self.linears[key]
+        if not isinstance(module, FP4Experts):
+            return [name]
+        chosen = [projection] if projection else list(module.layout.projections)
+        linears = [linear for each in chosen for linear in module.layout.projections[each][1]]
+        return [f"{name}.{expert}.{linear}" for expert in range(module.num_experts) for linear in linears]
 
     def _reason_to_skip(self, key: int, index: int) -> str | None:
         calls = self.linear_calls.get(key, [])

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..config import MRGPTQConfig
 from ..layers.linear import FP4Linear
-from ..layers.replace import linear_at, replace_linears, select_linears
+from ..layers.replace import linear_at, replace_linears, select_linears, take_experts_apart
 from ..rotation import require_divisor
 from .capture import (
     BlockCall,
@@ -35,8 +35,9 @@ from .capture import (
 )
 from .checkpoint import WorkDir, weights_fingerprint
 from .data import CalibrationData
+from .experts import group_of
 from .forwards import paused_forwards
-from .group import Group, new_layer
+from .group import new_layer
 from .team import Team
 
 PROBE_TOKENS = 16
@@ -54,7 +55,9 @@ class LayerReport:
 
     error: squared output error over squared output on the calibration data, against the target of the solve;
     rounded_error: the same if the weight were rounded to nearest under the scales that the solve starts from; None without
-    data. seconds: time of its group's statistics and solve.
+    data. seconds: time of its group's statistics and solve. tokens: how many of the calibration tokens were routed to it,
+    own_share: share of its second moments that comes from them and not from the layer's other experts; None if it is not an
+    expert's.
     """
 
     name: str
@@ -62,6 +65,8 @@ class LayerReport:
     rounded_error: float | None
     error: float | None
     seconds: float
+    tokens: int | None = None
+    own_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
         ValueError: no linear converts, the model's structure is not understood, or weights or activations are not
             finite (the message names the layer).
     """
+    take_experts_apart(model, config.fp4_format, config.modules_to_not_convert or [])
     blocks = find_blocks(model)
     selection = select_linears(model, config.fp4_format, config.modules_to_not_convert)
     for name in selection.selected:
@@ -116,6 +122,8 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     team = Team()
     team.require_same(data.fingerprint, "calibration data")
     plans = probe(model, blocks, data.batches[0][:1, :PROBE_TOKENS])
+    if any(plan.skipped for plan in plans):  # maybe experts that none of so few tokens reached
+        plans = probe(model, blocks, data.batches[0][:1])
     groups, skipped = _plan_groups(blocks, plans, selection.selected, selection.skipped)
     work = _open_work_dir(model, config, data) if team.rank == 0 else None
     captured = list(capture_block_inputs(model, blocks, plans, team.share(data.batches)))
@@ -160,7 +168,7 @@ class _Block:
     ):
         self._module, self._name, self._index, self._config = module, name, index, config
         self._threads, self._team = threads, team
-        self._groups = [Group(module, name, names, config, team) for names in groups]
+        self._groups = [group_of(module, name, names, config, team) for names in groups]
         self._device = block_device(module)
 
     def quantize(self, batches: list[_Batch], work: WorkDir | None, *, advance: bool) -> list[LayerReport]:
@@ -180,7 +188,7 @@ class _Block:
         reports: list[LayerReport] = []
         solved: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         last = len(self._groups) - 1
-        with paused_forwards(self._module, [g.names for g in self._groups], self._threads) as begin:
+        with paused_forwards(self._module, [g.entries for g in self._groups], self._threads) as begin:
             quantized, original = [], []
             for batch in batches:
                 call = batch.calls[self._index]
@@ -193,7 +201,11 @@ class _Block:
                 group.start(forward.input_of(index) for forward in quantized)
                 for i, (batch, other) in enumerate(zip(batches, original, strict=True)):
                     call = batch.calls[self._index]
-                    group.observe(quantized[i].input_of(index), other and other.input_of(index))
+                    group.observe(
+                        quantized[i].input_of(index),
+                        other and other.input_of(index),
+                        batch.quantized.shape[:-1].numel(),
+                    )
                     if other and index == last:  # it waits for no solve
                         if advance:
                             batch.rest(other.output())
@@ -204,12 +216,12 @@ class _Block:
                     if not wait:  # what is needed of it later is computed again
                         quantized[i].abandon()
                         quantized[i] = begin(batch.quantized, call, solved)
-                errors = group.solve()
+                outcomes = group.solve()
                 solved |= group.simulated()
                 seconds = time.perf_counter() - start
                 reports += [
-                    LayerReport(f"{self._name}.{n}", group.hadamard_size, *errors, seconds)
-                    for n in group.names
+                    LayerReport(f"{self._name}.{n}", group.hadamard_size, seconds=seconds, **asdict(outcome))
+                    for n, outcome in outcomes.items()
                 ]
             if work:
                 tensors = {

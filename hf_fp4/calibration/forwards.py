@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .capture import BlockCall, block_device, call_block, redirect
 
-Functions = Mapping[str, Callable[[Tensor], Tensor]]
-"""What to call in the place of a linear's forward, by its name relative to the block."""
+Functions = Mapping[str, Callable[[Any], Tensor]]
+"""What to call in the place of the forward of a linear, or of a projection of experts, by its name relative to the block."""
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +35,26 @@ _PROVISIONAL_HEADROOM = 8.0
 """Over the first batch's maximum, until the maximum of all batches is known; a power of two, so rounding agrees."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What the solve of one linear left.
+
+    rounded_error, error: squared output error over squared output, of rounding to nearest under the scales that the solve
+    starts from and of the solve; tokens: how many reached an expert; own_share: of its second moments, see `hessian.blended`.
+    """
+
+    rounded_error: float
+    error: float
+    tokens: int | None = None
+    own_share: float | None = None
+
+    @classmethod
+    def of(cls, power: list[float], tokens: int | None = None, own_share: float | None = None) -> Outcome:
+        """From the output power of the weight and of the two errors."""
+        whole = max(power[0], 1e-30)
+        return cls(power[1] / whole, power[2] / whole, tokens, own_share)
+
+
 class Group:
     """Linears of one block that share an input: statistics, solve, and the simulated forward afterwards."""
 
@@ -58,21 +80,33 @@ class Group:
         )
 
     @property
+    def entries(self) -> list[str]:
+        """Names of the modules whose calls bring the group's input, relative to the block."""
+        return self.names
+
+    @property
     def bytes_per_token(self) -> int:
         """Of the inputs that `observe` will be given."""
         weight = self._linears[self.names[0]].weight
         return weight.shape[-1] * weight.element_size()
 
-    def start(self, inputs: Iterable[torch.Tensor]) -> None:
+    def start(self, inputs: Iterable[Any]) -> None:
         """Choose the rotation; ``inputs``: what `observe` will be given, batch by batch, read up to the first token."""
         for x in inputs:
             first = x.flatten(0, -2)
             if len(first):  # an expert that no token of a batch was routed to has an empty input
                 break
         require_finite(first, f"the input of {self._title}")
+        self._begin(first, lambda: [(spread(first, ROTATION_TOKENS), self._stacked())] if len(first) else [])
+        self._moments = SecondMoments(first.shape[-1], first.device, cross=self._config.uses_original_stream)
+
+    def _begin(
+        self, first: torch.Tensor, samples: Callable[[], list[tuple[torch.Tensor, torch.Tensor]]]
+    ) -> None:
+        """Choose the rotation on ``samples``, of inputs and the weight for them, and a scale for the time being."""
         size = self._config.hadamard_group_size
         if isinstance(size, str):  # "auto"
-            size = self._team.decide(len(first) > 0, lambda: self._best_size(_spread(first, ROTATION_TOKENS)))
+            size = self._team.decide(len(first) > 0, lambda: self._best_size(samples()))
         self.hadamard_size = size
         if self._format.has_global_scale:
             absmax = torch.zeros(1, device=first.device)
@@ -80,29 +114,34 @@ class Group:
                 absmax += rotate(first, size).abs().amax()
             absmax = self._team.max_(absmax)
             self._input_scale = input_global_scale(absmax * _PROVISIONAL_HEADROOM / 2)
-        self._moments = SecondMoments(first.shape[-1], first.device, cross=self._config.uses_original_stream)
 
-    def observe(self, x: torch.Tensor, original: torch.Tensor | None) -> None:
-        """Add one batch of inputs: of the quantized stream, and of the original one for the correction."""
+    def observe(self, x: Any, original: Any, tokens: int) -> None:
+        """Add one batch of inputs: of the quantized stream, and of the original one for the correction.
+
+        ``tokens``: how many the block has. A linear that gets fewer is an expert's, to which the two streams may route
+        different ones: its target is not corrected. `ExpertsGroup` does better where it knows the routing.
+        """
         assert self._moments is not None
         x = x.flatten(0, -2)
+        if len(x) < tokens:
+            original = None
+            self._moments.forget_cross()
         if len(x) == 0:
             return
         rotated = self._rotated(x)
+        self._note_maximum(x, rotated)
+        if original is not None:
+            original = self._rotated(original.flatten(0, -2))
+        # Times the input scale, which is the same for all batches; `solve` divides by it.
+        self._moments.add(rotated if self._rule is None else self._quantized(x, rotated), original)
+
+    def _note_maximum(self, x: torch.Tensor, rotated: torch.Tensor) -> None:
+        """Of inputs, which must be finite."""
         absmax = torch.linalg.vector_norm(rotated, torch.inf).float()
         if not torch.isfinite(absmax):
             require_finite(x, f"the input of {self._title}")
             require_finite(rotated, f"the rotated input of {self._title}")
         self._absmax = torch.maximum(self._absmax, absmax)
-        if original is not None:
-            original = self._rotated(original.flatten(0, -2))
-            if original.shape != x.shape:  # the two streams route different tokens to this expert
-                raise ValueError(
-                    f"{self._title} gets other tokens in the quantized model than in the original one, so its target cannot "
-                    "be corrected; use error_correction=0"
-                )
-        # Times the input scale, which is the same for all batches; `solve` divides by it.
-        self._moments.add(rotated if self._rule is None else self._quantized(x, rotated), original)
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         """In float32, or where kernels do it in bfloat16: then moments take a tensor core's time."""
@@ -122,18 +161,27 @@ class Group:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return quantize_input(self._kernels, x, self._format, self._rule, self.hadamard_size, scale)
 
-    def _best_size(self, sample: torch.Tensor) -> int | None:
-        """The size, or none, whose solve leaves the least output error on the half of the sample it did not see."""
-        sizes = [None, *(k for k in HADAMARD_SIZES if sample.shape[-1] % k == 0)]
+    def _best_size(self, samples: list[tuple[torch.Tensor, torch.Tensor]]) -> int | None:
+        """The size, or none, whose solve leaves the least output error on the half of each sample that it did not see."""
+        if not samples:
+            return None
+        trials = [self._trial(*sample) for sample in samples]
+        sizes = [None, *(k for k in HADAMARD_SIZES if samples[0][0].shape[-1] % k == 0)]
+        tasks: list[Callable[[], torch.Tensor]] = [
+            partial(self._rotation_error, size, *trial) for size in sizes for trial in trials
+        ]
+        errors = torch.stack(_side_by_side(tasks, samples[0][0].device)).view(len(sizes), -1).sum(1)
+        # NaN, where a factorization failed, is no better than anything.
+        return sizes[int(errors.nan_to_num(nan=torch.inf).argmin())]
+
+    def _trial(
+        self, sample: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, DampedMoments, torch.Tensor]:
         columns = _spread_columns(sample.shape[-1], sample.device)
-        sample, weight = sample[:, columns], _spread(self._stacked(), ROTATION_ROWS)[:, columns]
+        sample, weight = sample[:, columns], spread(weight, ROTATION_ROWS)[:, columns]
         seen, unseen = sample[0::2].float(), sample[1::2].float()
         moments = DampedMoments.of(seen.T @ seen / len(seen), self._config.damp_percent, self._title)
-        errors = _side_by_side(
-            [partial(self._rotation_error, size, weight, moments, unseen) for size in sizes], sample.device
-        )
-        # NaN, where a factorization failed, is no better than anything.
-        return sizes[int(torch.stack(errors).nan_to_num(nan=torch.inf).argmin())]
+        return weight, moments, unseen
 
     def _rotation_error(
         self, size: int | None, weight: torch.Tensor, moments: DampedMoments, x: torch.Tensor
@@ -175,7 +223,7 @@ class Group:
 
         check: whether a factorization that fails raises.
         """
-        if self._config.method == "rtn":
+        if not self._solves:
             return round_weight(weight, scale, self._format, global_scale)
         order = activation_order(moments.second) if self._config.act_order else None
         solved = solve(
@@ -185,14 +233,22 @@ class Group:
             return solved
         return descend(weight, solved, moments.second, moments.added, passes, self._kernels)
 
-    def solve(self) -> tuple[float, float]:
-        """Quantize the group's weights from what was observed.
+    @property
+    def _solves(self) -> bool:
+        return self._config.method != "rtn"
 
-        Returns:
-            Squared output error over squared output, of rounding to nearest under the same scales and of the solve.
-        """
+    def _fix_input_scale(self) -> None:
+        """Once the maximum of all inputs is known."""
+        if self._input_scale is not None:
+            self._input_scale = input_global_scale(self._team.max_(self._absmax))
+
+    def solve(self) -> dict[str, Outcome]:
+        """Quantize the group's weights from what was observed; what became of each linear, by its name."""
         config, team, moments = self._config, self._team, self._moments
         assert moments is not None
+        corrects = config.uses_original_stream
+        if corrects and team.decide(not moments.has_cross, lambda: True):
+            moments.forget_cross()
         moments.sum_over(team.sum_)
         if moments.tokens == 0:
             raise ValueError(
@@ -200,25 +256,34 @@ class Group:
             )
         second, cross = moments.mean(None if self._rule is None else self._input_scale)
         self._moments = None
-        if self._input_scale is not None:
-            self._input_scale = input_global_scale(team.max_(self._absmax))
+        self._fix_input_scale()
         weight = rotate(self._stacked(), self.hadamard_size)
         damped = DampedMoments.of(second, config.damp_percent, self._title)
         if cross is not None:
             weight = damped.correct_target(weight, cross, config.error_correction)
             del cross
-        own, global_scale = weight[team.rows(len(weight))], self._global_scale(weight)
-        scale = self._scales(own, second, global_scale)
-        rounded = round_weight(own, scale, self._format, global_scale)
-        part = self._codes(own, scale, damped, global_scale, config.descent_passes or 0)
-        differences = (own, own - rounded.dequantize(), own - part.dequantize())
-        power = team.sum_(torch.stack([output_power(each, second) for each in differences])).tolist()
+        global_scale = self._global_scale(weight)
+        part, power = self._solve_rows(weight[team.rows(len(weight))], damped, global_scale)
         packed, scales = (team.join_rows(tensor, len(weight)) for tensor in (part.packed, part.scale))
         quantized = FP4Weight(packed, scales, global_scale, self._format)
         rows = [linear.out_features for linear in self._linears.values()]
         for name, part in zip(self.names, quantized.split(rows), strict=True):
             self._take(name, part)
-        return power[1] / max(power[0], 1e-30), power[2] / max(power[0], 1e-30)
+        return dict.fromkeys(self.names, Outcome.of(team.sum_(power).tolist()))
+
+    def _solve_rows(
+        self,
+        weight: torch.Tensor,
+        damped: DampedMoments,
+        global_scale: torch.Tensor | None,
+    ) -> tuple[FP4Weight, torch.Tensor]:
+        """Quantize rows of a rotated weight; output power of them, of the error of rounding, and of the solve's, [3]."""
+        scale = self._scales(weight, damped.second, global_scale)
+        rounded = round_weight(weight, scale, self._format, global_scale)
+        passes = self._config.descent_passes or 0
+        solved = self._codes(weight, scale, damped, global_scale, passes)
+        differences = (weight, weight - rounded.dequantize(), weight - solved.dequantize())
+        return solved, torch.stack([output_power(each, damped.second) for each in differences])
 
     def _take(self, name: str, weight: FP4Weight) -> None:
         linear = self._linears[name]
@@ -246,16 +311,19 @@ class Group:
         self._dequantized[name] = weight
         self.solved[name] = layer
 
-    def simulated(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-        """Per linear a function that computes what its FP4Linear will, on weights that are unpacked once per block."""
+    def simulated(self) -> dict[str, Callable[[Any], torch.Tensor]]:
+        """Per entry a function that computes what its FP4Linear will, on weights that are unpacked once per block."""
         return {name: partial(self._forward, name) for name in self.names}
 
     def _forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        layer = self.solved[name]
         if self._memo is None or self._memo[0] is not x:
-            self._memo = (x, self._quantize_input(x, layer.input_global_scale)[0])
-        y = torch.nn.functional.linear(self._memo[1], self._dequantized[name])
-        return (y if layer.bias is None else y + layer.bias.to(y.dtype)).to(x.dtype)
+            self._memo = (x, self._quantize_input(x, self.solved[name].input_global_scale)[0])
+        return self._linear(name, self._memo[1]).to(x.dtype)
+
+    def _linear(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """What the solved layer gives for an input that is rotated and quantized already."""
+        y, bias = torch.nn.functional.linear(values, self._dequantized[name]), self.solved[name].bias
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 def _side_by_side(tasks: list[Callable[[], torch.Tensor]], device: torch.device) -> list[torch.Tensor]:
@@ -273,7 +341,7 @@ def _side_by_side(tasks: list[Callable[[], torch.Tensor]], device: torch.device)
     return results
 
 
-def _spread(rows: torch.Tensor, count: int) -> torch.Tensor:
+def spread(rows: torch.Tensor, count: int) -> torch.Tensor:
     """At most ``count`` rows, evenly spread."""
     return rows[:: max(1, -(-len(rows) // count))]
 
@@ -283,7 +351,7 @@ def _spread_columns(features: int, device: torch.device) -> torch.Tensor:
     columns, block = torch.arange(features, device=device), max(HADAMARD_SIZES)
     if features <= ROTATION_COLUMNS or features % block:
         return columns
-    return _spread(columns.view(-1, block), ROTATION_COLUMNS // block).flatten()
+    return spread(columns.view(-1, block), ROTATION_COLUMNS // block).flatten()
 
 
 def new_layer(

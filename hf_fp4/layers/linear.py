@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,13 +16,14 @@ from ..gptq import FP4Weight
 from ..rotation import rotate
 from ..scales import fused_partners
 
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-_KERNEL_ROWS = 16
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+KERNEL_ROWS = 16
+"""Kernels take outputs in multiples of this."""
+
 # Asked here and not in forward: torch.compile of torch 2.11 cannot trace the question.
 _AUTOCAST_DEVICES = {
     device for device in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(device)
 }
-"""Kernels take outputs in multiples of this."""
 
 
 class FP4Linear(nn.Linear):
@@ -129,7 +130,7 @@ class FP4Linear(nn.Linear):
         if source is None or self.weight.is_meta:
             return REFERENCE
         found = select(source, self.weight.device)
-        if found.module is None or self.out_features % _KERNEL_ROWS:
+        if found.module is None or self.out_features % KERNEL_ROWS:
             return found
         quantizes = self.activation_scale_rule is not None
         self._fp8 = (
@@ -198,7 +199,7 @@ class FP4Linear(nn.Linear):
         return self._compute(x, x.dtype)
 
     def _compute(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if self.kernels.module is None or dtype not in _KERNEL_DTYPES:
+        if self.kernels.module is None or dtype not in KERNEL_DTYPES:
             return ops.linear(
                 x.to(dtype),
                 *self.stored(),
@@ -317,12 +318,16 @@ def _moment(x: torch.Tensor) -> Any:
     return version, torch.cuda.current_stream(x.device), torch.cuda.is_current_stream_capturing()
 
 
-def use_kernels(model: nn.Module, source: KernelSource) -> set[Kernels]:
+def use_kernels(model: nn.Module, source: KernelSource, without: Container[FP4Linear] = ()) -> set[Kernels]:
     """`FP4Linear.use_kernels` on every layer of ``model``, and one preparation of the input where layers share it.
 
-    Returns what was found for the devices of the layers.
+    ``without``: layers that are left as they are. Returns what was found for the devices of the layers.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, FP4Linear)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FP4Linear) and module not in without
+    }
     found = {layer.use_kernels(source) for layer in layers.values() if not layer.weight.is_meta}
     for name, layer in layers.items():
         partners = [layers[n] for n in fused_partners(name) if n in layers]

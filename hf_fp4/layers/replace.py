@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..formats import FP4Format
+from .experts import experts_in, layout_of_experts, put_back, take_apart
 
 OUTPUT_EMBEDDINGS = "output embeddings are never converted"
 ROUTER = "an MoE router or gate is never converted"
-FUSED_EXPERTS = "fused experts are not supported yet"
+FUSED_EXPERTS = "experts in a form that is not understood"
 NOT_TEXT = "it is not part of the text model"
 TASK_HEAD = "a task head is never converted"
 KEPT_IN_FLOAT32 = "the model keeps it in float32"
@@ -82,6 +83,55 @@ def select_linears(
             f"converts ({found}); choose another model or format, or shorten modules_to_not_convert"
         )
     return Selection(selected, skipped)
+
+
+def text_experts(model: PreTrainedModel) -> list[str]:
+    """Full names of the modules of the text model that hold experts in 3-D parameters and are understood."""
+    rules = _Rules(model, FP4Format.NVFP4, [])  # whichever: only what is text is asked
+    understood = [n for n, module in model.named_modules() if layout_of_experts(module) is not None]
+    return [name for name in understood if not rules.outside_text_model(name)]
+
+
+def take_experts_apart(model: PreTrainedModel, fmt: FP4Format, modules_to_not_convert: list[str]) -> None:
+    """Make linears of all experts of the text model that transformers keeps in 3-D parameters, if any of them converts."""
+    taken = take_apart(model, text_experts(model))
+    rules = _Rules(model, fmt, modules_to_not_convert)
+    linears = (
+        (f"{name}.{child}", linear)
+        for name, experts in taken.items()
+        for child, linear in experts.named_modules()
+        if isinstance(linear, nn.Linear)
+    )
+    converts = any(rules.reason_to_skip(name, linear) is None for name, linear in linears)
+    if not converts:
+        put_back(model, taken)
+        return
+    for experts in taken.values():
+        experts.release()
+
+
+def require_converted(
+    model: PreTrainedModel, fmt: FP4Format, modules_to_not_convert: list[str], selection: Selection
+) -> None:
+    """Raise ValueError if less than half of what a user expects to be converted is.
+
+    That is every parameter of the text model but its embeddings, its output head, linears that the format does not fit, and
+    what ``modules_to_not_convert`` names.
+    """
+    rules = _Rules(model, fmt, modules_to_not_convert)
+    expected = sum(
+        parameter.numel()
+        for name, module in model.named_modules()
+        if rules.is_expected(name, module)
+        for parameter in module.parameters(recurse=False)
+    )
+    converted = sum(linear_at(model, name).weight.numel() for name in selection.selected)
+    if 2 * converted < expected:
+        raise ValueError(
+            f"expected to convert most of {type(model).__name__}, got {1 - converted / expected:.0%} of its parameters that "
+            f"would stay as they are, embeddings and output head not counted ({describe_skipped(selection.skipped)}); name "
+            "what is to stay in modules_to_not_convert, or pass allow_unconverted=True to MRGPTQConfig"
+        )
 
 
 def linear_at(model: nn.Module, name: str) -> nn.Linear:
@@ -159,13 +209,15 @@ class _Rules:
         self.tied = _tied_weights(model)
         self.aliases = _aliases(model)
         self.expert_counts = _expert_counts(model)
+        self.experts = list(experts_in(model))
+        self.parameters = model.num_parameters()
         kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
         self.kept_in_float32 = [re.compile(rf"(?:^|\.){pattern}(?:\.|$)") for pattern in sorted(kept)]
 
     def reason_to_skip(self, name: str, linear: nn.Linear) -> str | None:
         if id(linear) in self.heads:
             return OUTPUT_EMBEDDINGS
-        if outside := self._outside_text_model(name):
+        if outside := self.outside_text_model(name):
             return outside
         if not all(_inside_any(name, part.bodies) for part in self.submodels if _inside(name, part.name)):
             return TASK_HEAD
@@ -181,8 +233,8 @@ class _Rules:
             return KEPT_IN_FLOAT32
         if self._casts_to_dtype_of(name):
             return CAST_TO_ITS_DTYPE
-        if entry := next((entry for entry in self.entries if _matches(name, entry)), None):
-            return f'"{entry}" is in modules_to_not_convert'
+        if listed := self._listed(name):
+            return listed
         if linear.in_features % self.fmt.group_size:
             expected = f"in_features must be a multiple of {self.fmt.group_size} for {self.fmt.value}"
             return f"{expected}, got {linear.in_features}"
@@ -190,7 +242,7 @@ class _Rules:
 
     def fused_experts(self, name: str, module: nn.Module) -> dict[str, str]:
         """Weights of several experts that `module` itself holds in one parameter."""
-        if self._outside_text_model(name) or isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding)):
+        if self.outside_text_model(name) or isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding)):
             return {}
         found = {}
         for key, parameter in module.named_parameters(recurse=False):
@@ -200,10 +252,27 @@ class _Rules:
             )
             flat = parameter.dim() == 2 and "experts" in full_name.split(".") and "bias" not in key
             if stacked or flat:
-                found[full_name] = FUSED_EXPERTS
+                share = parameter.numel() / self.parameters
+                found[full_name] = self._listed(name) or f"{FUSED_EXPERTS} ({share:.1%} of the parameters)"
         return found
 
-    def _outside_text_model(self, name: str) -> str | None:
+    def is_expected(self, name: str, module: nn.Module) -> bool:
+        """Whether a user expects the parameters that `module` itself holds to be converted."""
+        return not (
+            isinstance(module, nn.Embedding)
+            or (isinstance(module, nn.Linear) and module.in_features % self.fmt.group_size)
+            or id(module) in self.heads
+            or self.outside_text_model(name)
+            or self._listed(name)
+        )
+
+    def _listed(self, name: str) -> str | None:
+        """The entry of modules_to_not_convert that names a module, or the experts that it is part of, as a reason."""
+        names = [name, *(experts for experts in self.experts if _inside(name, experts))]
+        entry = next((entry for entry in self.entries for n in names if _matches(n, entry)), None)
+        return entry and f'"{entry}" is in modules_to_not_convert'
+
+    def outside_text_model(self, name: str) -> str | None:
         for tower in self.towers:
             if _inside(name, tower):
                 return f"{tower} is not part of the text model"

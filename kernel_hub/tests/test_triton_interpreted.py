@@ -120,3 +120,41 @@ def test_fakes_agree_with_the_kernels(kernels, format, static):
         torch.library.opcheck(
             triton_ops.ops_gemm, (tokens, token_scale, *prepared, None, True), test_utils=tests
         )
+
+
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+def test_grouped_linear(kernels, mode, gather):
+    """Experts without rows, with one, with more than a block; tokens that several experts get; rows of none."""
+    dtype = getattr(torch, mode.dtype)
+    counts, k, n = [0, 1, 18, 0, 3], 256, 80
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    total = int(offsets[-1]) + 2
+    index = torch.arange(total) % 9 if gather else None
+    x = tokens_for(9 if gather else total, k, dtype)
+    weights = [ref.random_weight(n, k, mode.format, "cpu") for _ in counts]
+    bias = torch.randn(len(counts), n).to(dtype)
+    static = mode.format == "nvfp4" and mode.activations == "fp4" and mode.static
+    g = torch.tensor([64.0]) if static else None
+    stacked = [torch.stack([weight[i] for weight in weights]) for i in range(2)]
+    scales = torch.cat([weight[2] for weight in weights]) if mode.format == "nvfp4" else None
+    prepared = kernels.prepare_experts(*stacked, scales)
+    y = kernels.grouped_linear(
+        x, offsets, *prepared, bias, index=index, activations=mode.activations, hadamard=mode.hadamard,
+        rule=mode.rule, input_global_scale=g,
+    )  # fmt: skip
+    assert y.shape == (total, n) and y.dtype == dtype and y[-2:].eq(0).all()
+    rows = x if index is None else x[index]
+    for expert, (start, count) in enumerate(zip(offsets.tolist(), counts, strict=False)):
+        if count:
+            mine = slice(start, start + count)
+            check(y[mine], rows[mine], weights[expert], bias[expert], mode, g)
+
+
+def test_grouped_linear_of_no_rows(kernels):
+    weights = [ref.random_weight(32, 128, "mxfp4", "cpu") for _ in range(2)]
+    prepared = kernels.prepare_experts(*(torch.stack([weight[i] for weight in weights]) for i in range(2)))
+    x, none = torch.zeros(0, 128, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64)
+    assert kernels.grouped_linear(x, none, *prepared).shape == (0, 32)
+    with pytest.raises(ValueError, match=r"offsets must be \[3\] for 2 experts, got \[2\]"):
+        kernels.grouped_linear(x, none[:2], *prepared)

@@ -12,6 +12,7 @@ from blackwell_compile import NAME, load_source
 POINTERS = {
     "x_ptr": "*bf16", "value_ptr": "*bf16", "bias_ptr": "*bf16", "out_ptr": "*bf16",
     "w_ptr": "*u8", "code_ptr": "*u8", "scale_ptr": "*u8", "amax_ptr": "*i32",
+    "index_ptr": "*i64", "offsets_ptr": "*i64",
 }  # fmt: skip
 
 
@@ -22,6 +23,8 @@ def cases(linear, gptq):
     for format, rule in ((0, 1), (1, 2)):
         gemm = {"FORMAT": format, "HAS_TOKEN_SCALE": True, "HAS_BIAS": True, "BM": 64, "BN": 64, "BK": 128}
         yield f"gemm {format}", linear.gemm_kernel, gemm, {"num_warps": 4, "num_stages": 2}
+        grouped = {**gemm, "GATHER": True, "EXPERTS": 128, "BM": 16}
+        yield f"grouped gemm {format}", linear.grouped_gemm_kernel, grouped, {"num_warps": 4, "num_stages": 2}
         packed = {"QUANTIZE": True, "PACKED": True, "PER_TOKEN": format == 0}
         activation = {**rotation, **packed, "FORMAT": format, "RULE": rule}
         yield f"activation {format}", linear.activation_kernel, activation, {}

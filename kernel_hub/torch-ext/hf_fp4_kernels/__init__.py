@@ -3,7 +3,8 @@
 A weight is re-laid out once (`prepare_weight`); `linear` then runs any number of tokens. On compute capability 9.0 the
 compiled variant runs CUDA kernels, everywhere else (8.0 and newer) Triton ones, which on 10.x and 12.0 multiply W4A4 on FP4
 tensor cores (not run on Blackwell hardware). `search_scales`, `gptq_solve` and `gptq_descend` choose the block scales and
-codes of a weight by GPTQ, in Triton. See the functions for shapes.
+codes of a weight by GPTQ, in Triton. `grouped_linear` runs one matrix of all experts of a layer, in Triton on every GPU. See
+the functions for shapes.
 """
 
 from ._linear import (
@@ -13,8 +14,10 @@ from ._linear import (
     fake_quantize,
     fp8_exact,
     gemm,
+    grouped_linear,
     linear,
     prepare_activation,
+    prepare_experts,
     prepare_weight,
     restore_weight,
     rotate_quantize,
@@ -29,8 +32,10 @@ __all__ = [
     "gemm",
     "gptq_descend",
     "gptq_solve",
+    "grouped_linear",
     "linear",
     "prepare_activation",
+    "prepare_experts",
     "prepare_weight",
     "restore_weight",
     "rotate_quantize",

@@ -1,10 +1,10 @@
 """The parts of GPTQ on an FP4 grid that are not matrix products: the search of block scales, the loop over columns, and the
 coordinate descent over codes and scales after it.
 
-In the last two a program takes a few rows of the weight and BLOCK of its columns. Columns are done in groups: what a column does to the
-rest of its group is applied at once, to the rest of the block when the group is done, to all later columns when the block
-is done, by one matrix product of torch (in the precision that torch is set to; this file needs real float32). Tensors are
-[K, N], one column of the weight contiguous.
+In the last two a program takes a few rows of the weight and BLOCK of its columns. Columns are done in groups: what a column
+does to the rest of its group is applied at once, to the rest of the block when the group is done, to all later columns when the
+block is done, by one matrix product of torch (in the precision that torch is set to; this file needs real float32). Tensors are
+[K, N], one column of the weight contiguous, or [E, K, N] for several experts in the same launches.
 """
 
 import torch
@@ -52,10 +52,17 @@ def _subtract_products(tile, factors_ptr, stride, change, keep, BLOCK: tl.conste
 
 @triton.jit
 def solve_kernel(
-    columns_ptr, steps_ptr, inverse_ptr, upper_ptr, quantized_ptr, errors_ptr, N, K,
+    columns_ptr, steps_ptr, inverse_ptr, upper_ptr, quantized_ptr, errors_ptr, N, K, errors_stride,
     COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Solve COUNT columns. Every pointer is at the block's first column, that of ``upper`` [K, K] at its diagonal."""
+    expert = tl.program_id(1).to(tl.int64)
+    columns_ptr += expert * K * N
+    steps_ptr += expert * K * N
+    inverse_ptr += expert * K * N
+    quantized_ptr += expert * K * N
+    upper_ptr += expert * K * K
+    errors_ptr += expert * errors_stride
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = (rows < N)[None, :]
     places = tl.arange(0, BLOCK)
@@ -102,10 +109,17 @@ def _step(byte, divisor, NVFP4: tl.constexpr):
 
 @triton.jit
 def descend_kernel(
-    current_ptr, gradient_ptr, scale_ptr, matrix_ptr, global_ptr, moved_ptr, N, K,
+    current_ptr, gradient_ptr, scale_ptr, matrix_ptr, global_ptr, moved_ptr, N, K, moved_stride,
     NVFP4: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Visit COUNT columns. Every pointer is at the block's first column, that of ``matrix`` [K, K] at its diagonal."""
+    expert = tl.program_id(1).to(tl.int64)
+    current_ptr += expert * K * N
+    gradient_ptr += expert * K * N
+    scale_ptr += expert * (K // SIZE) * N
+    matrix_ptr += expert * K * K
+    moved_ptr += expert * moved_stride
+    global_ptr += expert
     LOW: tl.constexpr = 1 if NVFP4 else 0
     HIGH: tl.constexpr = 0x7E if NVFP4 else 254
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -210,12 +224,27 @@ def _check(group, square, **tensors):
     for key, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.shape != first.shape:
             raise ValueError(f"{key} must be contiguous float32 of the shape of {name}, {tuple(first.shape)}")
-    k = first.shape[0]
+    *stack, k, _ = first.shape
     if k % group:
         raise ValueError(f"the first dimension of {name} must be a multiple of {group}, got {k}")
-    if square.dtype != torch.float32 or square.shape != (k, k):
-        raise ValueError(f"the matrix must be float32 [{k}, {k}], got {square.dtype} {tuple(square.shape)}")
+    if square.dtype != torch.float32 or square.shape != (*stack, k, k):
+        raise ValueError(
+            f"the matrix must be float32 {[*stack, k, k]}, got {square.dtype} {tuple(square.shape)}"
+        )
     return square.contiguous()  # a factorization returns its columns contiguous
+
+
+def _stacked(*tensors):
+    """Views with a dimension for experts in front, of one if there was none."""
+    return [tensor if tensor.dim() == 3 else tensor[None] for tensor in tensors]
+
+
+def _add_product(total, a, b, alpha=1):
+    """``total += alpha * a @ b`` for each of a stack."""
+    if len(total) == 1:
+        total[0].addmm_(a[0], b[0], alpha=alpha)
+    else:
+        total.baddbmm_(a, b, alpha=alpha)
 
 
 def search_scales(
@@ -271,7 +300,7 @@ def gptq_solve(
 
     Args:
         columns: float32 [K, N], the weight's columns in the order in which they are solved; K a multiple of 16. It is used
-            as working memory: its contents are lost.
+            as working memory: its contents are lost. [E, K, N], and the others likewise: of E experts, in the same launches.
         steps: float32 [K, N], what one unit of E2M1 is worth in every place.
         inverse: float32 [K, N], its inverse.
         upper: float32 [K, K], the upper Cholesky factor of the inverse of the damped second moments, in the same order.
@@ -280,19 +309,21 @@ def gptq_solve(
         float32 [K, N], the dequantized values.
     """
     upper = _check(_SOLVE_GROUP, upper, columns=columns, steps=steps, inverse=inverse)
-    k, n = columns.shape
-    quantized = torch.empty_like(columns)
-    errors = columns.new_empty((min(BLOCK, k), n))
+    result = torch.empty_like(columns)
+    columns, steps, inverse, upper, quantized = _stacked(columns, steps, inverse, upper, result)
+    experts, k, n = columns.shape
+    errors = columns.new_empty((experts, min(BLOCK, k), n))
     with torch.cuda.device_of(columns):
         for start in range(0, k if n else 0, BLOCK):
             stop = min(start + BLOCK, k)
-            solve_kernel[(triton.cdiv(n, ROWS),)](
-                columns[start:], steps[start:], inverse[start:], upper[start:, start:], quantized[start:], errors, n, k,
+            solve_kernel[(triton.cdiv(n, ROWS), experts)](
+                columns[:, start:], steps[:, start:], inverse[:, start:], upper[:, start:, start:],
+                quantized[:, start:], errors, n, k, errors.stride(0),
                 COUNT=stop - start, SIZE=_SOLVE_GROUP, BLOCK=BLOCK, ROWS=ROWS, num_warps=1,
             )  # fmt: skip
             if stop < k:
-                columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    return quantized
+                _add_product(columns[:, stop:], upper[:, start:stop, stop:].mT, errors, alpha=-1)
+    return result
 
 
 def gptq_descend(
@@ -310,32 +341,35 @@ def gptq_descend(
     scale moves to a neighbour on its grid if the error is lower with it.
 
     Args:
-        target: float32 [K, N], the weight's columns, in its own order; K a multiple of the format's group size.
+        target: float32 [K, N], the weight's columns, in its own order; K a multiple of the format's group size. [E, K, N],
+            and the others likewise: of E experts, in the same launches.
         current: float32 [K, N], the dequantized values; overwritten with the better ones.
         scale: stored scales [K/16, N] float8_e4m3fn ("nvfp4") or [K/32, N] uint8 E8M0 ("mxfp4"); overwritten likewise.
         matrix: float32 [K, K], the damped second moments (symmetric).
         passes: how often all groups are visited.
         format: "nvfp4" or "mxfp4".
-        global_scale: the NVFP4 divisor, float32 [1]; None for MXFP4.
+        global_scale: the NVFP4 divisor, float32 [1] or [E]; None for MXFP4.
     """
     group, dtype = _group_and_dtype(format, global_scale)
     matrix = _check(group, matrix, target=target, current=current)
-    k, n = current.shape
-    if scale.dtype != dtype or scale.shape != (k // group, n) or not scale.is_contiguous():
+    *stack, k, n = current.shape
+    if scale.dtype != dtype or scale.shape != (*stack, k // group, n) or not scale.is_contiguous():
         raise ValueError(
-            f"scale must be contiguous {dtype} [{k // group}, {n}], got {scale.dtype} {tuple(scale.shape)}"
+            f"scale must be contiguous {dtype} {[*stack, k // group, n]}, got {scale.dtype} {tuple(scale.shape)}"
         )
-    stored = scale.view(torch.uint8)
-    moved = current.new_empty((min(BLOCK, k), n))
+    target, current, stored, matrix = _stacked(target, current, scale.view(torch.uint8), matrix)
+    experts = len(current)
+    moved = current.new_empty((experts, min(BLOCK, k), n))
     with torch.cuda.device_of(current):
         for _ in range(passes if n else 0):
-            gradient = matrix @ (target - current)
+            gradient = torch.zeros_like(current)
+            _add_product(gradient, matrix, target - current)
             for start in range(0, k, BLOCK):
                 stop = min(start + BLOCK, k)
-                descend_kernel[(triton.cdiv(n, ROWS),)](
-                    current[start:], gradient[start:], stored[start // group :], matrix[start:, start:],
-                    matrix if global_scale is None else global_scale, moved, n, k,
+                descend_kernel[(triton.cdiv(n, ROWS), experts)](
+                    current[:, start:], gradient[:, start:], stored[:, start // group :], matrix[:, start:, start:],
+                    matrix if global_scale is None else global_scale, moved, n, k, moved.stride(0),
                     NVFP4=format == "nvfp4", COUNT=stop - start, SIZE=group, BLOCK=BLOCK, ROWS=ROWS, num_warps=1,
                 )  # fmt: skip
                 if stop < k:
-                    gradient[stop:].addmm_(matrix[stop:, start:stop], moved)
+                    _add_product(gradient[:, stop:], matrix[:, stop:, start:stop], moved)

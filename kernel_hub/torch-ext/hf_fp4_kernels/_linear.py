@@ -359,3 +359,64 @@ def linear(
     q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8)
     y = _BACKENDS[_backend_of_weight(packed)].linear(x.contiguous(), q, packed, row_scale, bias)
     return y.view(*x.shape[:-1], row_scale.shape[0])
+
+
+def prepare_experts(
+    weight: torch.Tensor, weight_scale: torch.Tensor, weight_global_scale: torch.Tensor | None = None
+) -> PreparedWeight:
+    """Re-lays out one matrix of all experts for `grouped_linear`, whatever the GPU. Once at load.
+
+    weight: uint8 [E, N, K/2], low nibble = even k; N a multiple of 16.
+    weight_scale: float8_e4m3fn [E, N, K/16] (nvfp4, not negative, finite) or uint8 E8M0 [E, N, K/32] (mxfp4).
+    weight_global_scale: float32 [E], divisors (nvfp4) or None.
+
+    Returns packed uint8 [E, N, K/2 + scales], a row's scales behind its codes, and row_scale float32 [E, N].
+    """
+    format = _format_of_scale(weight_scale)
+    n, k = weight.shape[1], weight.shape[2] * 2
+    if n % 16 or k % _GROUPS[format]:
+        raise ValueError(
+            f"weight must be [E, multiple of 16, multiple of {_GROUPS[format]}] for {format}, got {n} x {k}"
+        )
+    if format == "nvfp4" and weight_global_scale is None:
+        raise ValueError("nvfp4 weights need weight_global_scale, got None")
+    return PreparedWeight(
+        *_triton.prepare_experts(weight.contiguous(), weight_scale.contiguous(), weight_global_scale)
+    )
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    packed: torch.Tensor,
+    row_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    index: torch.Tensor | None = None,
+    activations: str = "fp4",
+    hadamard: int | None = None,
+    rule: str = "absmax",
+    input_global_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One linear of all experts of a layer, each on its rows: [S, N] in the dtype of x, FP32 accumulation.
+
+    x: bf16 or fp16 [T, K]; rotated and quantized once per token, however many experts it goes to.
+    index: int64 or int32 [S], the token that each row is, rows sorted by expert; None: S = T, the tokens as they are.
+    offsets: int64 or int32 [E + 1], where each expert's rows start; rows after the last are zeros in the result.
+    packed, row_scale: from `prepare_experts`; bias: [E, N] in the dtype of x. Others: as `linear`.
+
+    The launches depend on shapes only, so a CUDA graph of it takes any routing.
+    """
+    k = x.shape[-1]
+    format = "nvfp4" if packed.shape[2] == k // 2 + k // 16 else "mxfp4"
+    q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8=False)
+    if offsets.shape[0] != packed.shape[0] + 1:
+        raise ValueError(
+            f"offsets must be [{packed.shape[0] + 1}] for {packed.shape[0]} experts, got {list(offsets.shape)}"
+        )
+    tokens, token_scale = _triton.ops_prepare_activation(
+        x.contiguous(), q.global_scale, q.format, q.quantize, q.hadamard, q.rule
+    )
+    return _triton.ops_grouped_gemm(
+        tokens, token_scale, index, offsets, packed, row_scale, bias, x.dtype == torch.bfloat16
+    )

@@ -132,3 +132,62 @@ def _(tokens, token_scale, packed, row_scale, bias, out_is_bf16):
 def ops_linear(x, packed, row_scale, bias, global_scale, format, quantize, hadamard, rule):
     tokens, token_scale = ops_prepare_activation(x, global_scale, format, quantize, hadamard, rule)
     return ops_gemm(tokens, token_scale, packed, row_scale, bias, x.dtype == torch.bfloat16)
+
+
+def prepare_experts(weight, weight_scale, weight_global_scale):
+    """packed uint8 [E, N, K/2 + K/16 or K/32] and row_scale float32 [E, N], as `prepare_weight` for each expert."""
+    experts, rows = weight.shape[:2]
+    scale = None
+    if weight_global_scale is not None:
+        scale = weight_global_scale.view(experts, 1).expand(experts, rows).reshape(-1)
+    packed, row_scale = prepare_weight(weight.flatten(0, 1), weight_scale.flatten(0, 1), scale)
+    return packed.view(experts, rows, -1), row_scale.view(experts, rows)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("triton_grouped_gemm"), mutates_args=())
+def ops_grouped_gemm(
+    tokens: torch.Tensor,
+    token_scale: torch.Tensor,
+    index: torch.Tensor | None,
+    offsets: torch.Tensor,
+    packed: torch.Tensor,
+    row_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_is_bf16: bool,
+) -> torch.Tensor:
+    with torch.cuda.device(tokens.device):
+        return _run_grouped_gemm(
+            tokens, token_scale, index, offsets, packed, row_scale, bias,
+            torch.bfloat16 if out_is_bf16 else torch.float16,
+        )  # fmt: skip
+
+
+@ops_grouped_gemm.register_fake
+def _(tokens, token_scale, index, offsets, packed, row_scale, bias, out_is_bf16):
+    count = tokens.shape[0] if index is None else index.shape[0]
+    return tokens.new_empty(
+        (count, row_scale.shape[1]), dtype=torch.bfloat16 if out_is_bf16 else torch.float16
+    )
+
+
+def _run_grouped_gemm(tokens, token_scale, index, offsets, packed, row_scale, bias, out_dtype):
+    from . import _triton_kernels as kernels
+
+    k = tokens.shape[1]
+    count = tokens.shape[0] if index is None else index.shape[0]
+    experts, n = row_scale.shape
+    out = tokens.new_zeros((count, n), dtype=out_dtype)  # rows of no expert
+    if count > 0:
+        format = NVFP4 if packed.shape[2] == k // 2 + k // 16 else 1
+        mean = count / experts
+        block_m = 16 if mean <= 16 else 32 if mean <= 32 else 64
+        # Every expert with rows has at most one block that is not full.
+        grid = (count // block_m + min(experts, count), (n + 63) // 64)
+        kernels.grouped_gemm_kernel[grid](
+            tokens, offsets if index is None else index, offsets, packed, row_scale, token_scale,
+            row_scale if bias is None else bias, out, experts, n, k, 1 if token_scale.shape[0] > 1 else 0,
+            FORMAT=format, GATHER=index is not None, HAS_TOKEN_SCALE=token_scale.shape[0] > 0,
+            HAS_BIAS=bias is not None, EXPERTS=max(2, 1 << (experts - 1).bit_length()),
+            BM=block_m, BN=64, BK=128, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return out

@@ -188,6 +188,39 @@ def activation_kernel(
 
 
 @triton.jit
+def _accumulate(
+    x_row, row_mask, w_row, col_mask, top, K,
+    FORMAT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """x w^T in FP32 [BM, BN], from pointers to the rows of both, without the scales of rows and tokens."""
+    GROUP: tl.constexpr = 16 if FORMAT == NVFP4 else 32
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k0 in range(0, K, BK):
+        ks = k0 + tl.arange(0, BK)
+        halves = k0 // 2 + tl.arange(0, BK // 2)
+        blocks = k0 // GROUP + tl.arange(0, BK // GROUP)
+        x = tl.load(x_row[:, None] + ks[None, :], mask=row_mask[:, None] & (ks[None, :] < K), other=0.0)
+        packed = tl.load(
+            w_row[:, None] + halves[None, :], mask=col_mask[:, None] & (halves[None, :] < K // 2), other=0
+        ).to(tl.int32)
+        byte = tl.load(
+            w_row[:, None] + K // 2 + blocks[None, :],
+            mask=col_mask[:, None] & (blocks[None, :] < K // GROUP),
+            other=0,
+        ).to(tl.int32)
+        if FORMAT == NVFP4:
+            s = _decode_e4m3(byte)
+        else:  # relative to the row's largest exponent, which is in row_scale
+            s = _exp2_int(tl.maximum(byte - top[:, None], -126))
+        value = tl.reshape(
+            tl.join(_value_of_code(packed & 15), _value_of_code(packed >> 4)), [BN, BK // GROUP, GROUP]
+        )
+        w = tl.reshape(value * s[:, :, None], [BN, BK]).to(x_row.dtype.element_ty)
+        acc = tl.dot(x, tl.trans(w), acc)
+    return acc
+
+
+@triton.jit
 def gemm_kernel(
     x_ptr, w_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, M, N, K, token_stride,
     FORMAT: tl.constexpr, HAS_TOKEN_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -200,33 +233,7 @@ def gemm_kernel(
     w_row = w_ptr + cols.to(tl.int64) * (K // 2 + K // GROUP)
     row_scale = tl.load(row_scale_ptr + cols, mask=cols < N, other=1.0)
     top = (row_scale.to(tl.int32, bitcast=True) >> 23) & 255
-    acc = tl.zeros([BM, BN], tl.float32)
-    for k0 in range(0, K, BK):
-        ks = k0 + tl.arange(0, BK)
-        halves = k0 // 2 + tl.arange(0, BK // 2)
-        blocks = k0 // GROUP + tl.arange(0, BK // GROUP)
-        x = tl.load(
-            x_ptr + rows[:, None].to(tl.int64) * K + ks[None, :],
-            mask=(rows[:, None] < M) & (ks[None, :] < K),
-            other=0.0,
-        )
-        packed = tl.load(
-            w_row[:, None] + halves[None, :], mask=(cols[:, None] < N) & (halves[None, :] < K // 2), other=0
-        ).to(tl.int32)
-        byte = tl.load(
-            w_row[:, None] + K // 2 + blocks[None, :],
-            mask=(cols[:, None] < N) & (blocks[None, :] < K // GROUP),
-            other=0,
-        ).to(tl.int32)
-        if FORMAT == NVFP4:
-            s = _decode_e4m3(byte)
-        else:  # relative to the row's largest exponent, which is in row_scale
-            s = _exp2_int(tl.maximum(byte - top[:, None], -126))
-        value = tl.reshape(
-            tl.join(_value_of_code(packed & 15), _value_of_code(packed >> 4)), [BN, BK // GROUP, GROUP]
-        )
-        w = tl.reshape(value * s[:, :, None], [BN, BK]).to(x_ptr.dtype.element_ty)
-        acc = tl.dot(x, tl.trans(w), acc)
+    acc = _accumulate(x_ptr + rows.to(tl.int64) * K, rows < M, w_row, cols < N, top, K, FORMAT, BM, BN, BK)
     acc = acc * row_scale[None, :]
     if HAS_TOKEN_SCALE:
         acc = acc * tl.load(token_scale_ptr + rows * token_stride, mask=rows < M, other=0.0)[:, None]
@@ -237,3 +244,50 @@ def gemm_kernel(
         acc.to(out_ptr.dtype.element_ty),
         mask=(rows[:, None] < M) & (cols[None, :] < N),
     )
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    x_ptr, index_ptr, offsets_ptr, w_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, E, N, K, token_stride,
+    FORMAT: tl.constexpr, GATHER: tl.constexpr, HAS_TOKEN_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """As `gemm_kernel`, rows offsets[e] to offsets[e + 1] with the weight of expert e; E <= EXPERTS, a power of two.
+
+    The blocks of all experts are numbered one after the other. The grid has as many as there can be, whatever the routing;
+    those beyond the last end at once.
+    """
+    GROUP: tl.constexpr = 16 if FORMAT == NVFP4 else 32
+    block = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    starts = tl.load(offsets_ptr + experts, mask=experts < E, other=0).to(tl.int32)
+    stops = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0).to(tl.int32)
+    blocks = (stops - starts + BM - 1) // BM
+    ends = tl.cumsum(blocks, 0)
+    expert = tl.sum((ends <= block).to(tl.int32), 0)
+    if expert < E:
+        mine = experts == expert
+        first = tl.sum(tl.where(mine, starts, 0), 0)
+        stop = tl.sum(tl.where(mine, stops, 0), 0)
+        before = tl.sum(tl.where(mine, ends - blocks, 0), 0)
+        rows = first + (block - before) * BM + tl.arange(0, BM)
+        row_mask = rows < stop
+        tokens = rows.to(tl.int64)
+        if GATHER:
+            tokens = tl.load(index_ptr + rows, mask=row_mask, other=0).to(tl.int64)
+        cols = tl.program_id(1) * BN + tl.arange(0, BN)
+        weights = expert.to(tl.int64) * N + cols
+        w_row = w_ptr + weights * (K // 2 + K // GROUP)
+        row_scale = tl.load(row_scale_ptr + weights, mask=cols < N, other=1.0)
+        top = (row_scale.to(tl.int32, bitcast=True) >> 23) & 255
+        acc = _accumulate(x_ptr + tokens * K, row_mask, w_row, cols < N, top, K, FORMAT, BM, BN, BK)
+        acc = acc * row_scale[None, :]
+        if HAS_TOKEN_SCALE:
+            acc = acc * tl.load(token_scale_ptr + tokens * token_stride, mask=row_mask, other=0.0)[:, None]
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + weights, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        tl.store(
+            out_ptr + rows[:, None].to(tl.int64) * N + cols[None, :],
+            acc.to(out_ptr.dtype.element_ty),
+            mask=row_mask[:, None] & (cols[None, :] < N),
+        )

@@ -1,0 +1,287 @@
+"""One projection of all experts of a layer: statistics of the tokens routed to each, one solve, the simulated forward.
+
+What the experts of a layer share: the rotation, and one scale of the input, so that a token is rotated and quantized once
+for all experts that it is routed to. What each has of its own: second moments, target, scales of the weight, codes.
+
+The correction compares both streams on the same tokens: those that the quantized model routes to an expert. What the
+original model would have given for them there is computed with its own weights, wherever it routed them itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import MRGPTQConfig
+from ..gptq import FP4Weight, activation_order, descend, output_power, round_weight, solve
+from ..hessian import DampedMoments, SecondMoments, blended, upper_factors
+from ..layers.experts import DOWN, GATE_UP, FP4Experts, Routed, gather_rows
+from ..rotation import rotate
+from .capture import require_finite
+from .group import ROTATION_TOKENS, Group, Outcome, spread
+from .team import Team
+
+ROTATION_EXPERTS = 4
+"""Experts, those with the most tokens, on which the Hadamard size of all is chosen."""
+
+STACKED_VALUES = 1 << 26
+"""Values of second moments that are collected and factored at once: as many experts as that allows, at least one."""
+
+
+def group_of(block: nn.Module, prefix: str, names: list[str], config: MRGPTQConfig, team: Team) -> Group:
+    """The group of these linears, which share an input."""
+    owner = names[0].rsplit(".", 2)[0]
+    if names[0].count(".") > 1 and isinstance(block.get_submodule(owner), FP4Experts):
+        return ExpertsGroup(block, prefix, names, config, team)
+    return Group(block, prefix, names, config, team)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One batch: what the linears see of its tokens [T, K], what the original stream has there, and the rows of each expert."""
+
+    quantized: torch.Tensor
+    original: torch.Tensor | None
+    routed: Routed
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """Rows of each expert, int64 [E]."""
+        return self.routed.offsets.diff()
+
+    def add_to(self, moments: SecondMoments, start: int, stop: int) -> None:
+        """Add rows ``start`` to ``stop``."""
+        original = None if self.original is None else self.routed.of_rows(self.original, start, stop)
+        moments.add(self.routed.of_rows(self.quantized, start, stop), original)
+
+
+class ExpertsGroup(Group):
+    """`Group` of the linears of one projection of a `FP4Experts`."""
+
+    def __init__(self, block: nn.Module, prefix: str, names: list[str], config: MRGPTQConfig, team: Team):
+        super().__init__(block, prefix, names, config, team)
+        self._owner = names[0].rsplit(".", 2)[0]
+        experts: Any = block.get_submodule(self._owner)
+        self._experts: FP4Experts = experts
+        leaf = names[0].rpartition(".")[2]
+        into = GATE_UP if leaf in experts.layout.projections[GATE_UP][1] else DOWN
+        self._projection = into
+        self._of_expert: dict[int, list[str]] = {}
+        for name in names:
+            self._of_expert.setdefault(int(name.split(".")[-2]), []).append(name)
+        self._seen: list[_Seen] = []
+
+    @property
+    def entries(self) -> list[str]:
+        """The projection, which is called once for all experts."""
+        return [f"{self._owner}.{self._projection}"]
+
+    def start(self, inputs: Iterable[Any]) -> None:
+        """Choose the rotation on the first batch; ``inputs``: the `Routed` that `observe` will be given."""
+        first: Routed = next(iter(inputs))
+        require_finite(first.tokens, f"the input of {self._title}")
+        self._begin(first.tokens, lambda: self._samples(first))
+
+    def _samples(self, routed: Routed) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found = sorted(routed.by_expert(), key=lambda where: where[1] - where[2])
+        busiest = [where for where in found if where[0] in self._of_expert][:ROTATION_EXPERTS]
+        return [
+            (spread(routed.of_rows(routed.tokens, start, stop), ROTATION_TOKENS), self._weight(expert))
+            for expert, start, stop in busiest
+            if stop - start > 1
+        ]
+
+    def observe(self, x: Any, original: Any, tokens: int) -> None:
+        """Add one batch of inputs, two `Routed`: of the quantized stream, and of the original one for the correction."""
+        aimed = None
+        if original is not None:
+            aimed = original.tokens if x.source is None else self._original_input(x, original)
+        rotated = self._rotated(x.tokens)
+        self._note_maximum(x.tokens, rotated)
+        # Times the input scale, as in `Group.observe`.
+        values = rotated if self._rule is None else self._quantized(x.tokens, rotated)
+        routed = x if self._experts.layout.routed else _without_zeros(x, aimed)
+        self._seen.append(
+            _Seen(values, None if aimed is None else self._rotated(aimed), replace(routed, source=None))
+        )
+
+    @torch.no_grad()
+    def _original_input(self, x: Routed, original: Routed) -> torch.Tensor:
+        """What the original model's experts give `DOWN` for the rows of the quantized stream."""
+        assert x.source is not None and original.source is not None
+        same_rows = replace(x.source, tokens=original.source.tokens.to(x.tokens.device))
+        return self._experts.activate(self._experts.gate_up.compute(same_rows))
+
+    def solve(self) -> dict[str, Outcome]:
+        """Quantize every expert's weight from what was observed.
+
+        An expert with fewer tokens than its input has features gets, for the missing ones, the average token of the layer.
+        """
+        seen, self._seen = self._seen, []
+        counts = self._team.sum_(torch.stack([batch.counts for batch in seen]).sum(0)).tolist()
+        if not sum(counts):
+            raise ValueError(
+                f"no calibration token reached {self._title}; use more samples, or add it to modules_to_not_convert"
+            )
+        divisor = None if self._rule is None else self._input_scale
+        self._fix_input_scale()
+        features = seen[0].quantized.shape[-1]
+        pooled = None
+        if any(counts[expert] < features for expert in self._of_expert):
+            moments = self._new_moments(seen)
+            for batch in seen:
+                batch.add_to(moments, 0, int(batch.routed.offsets[-1]))
+            moments.sum_over(self._team.sum_)
+            pooled = moments.mean(divisor)
+        alike: dict[tuple[str, ...], list[int]] = {}  # some linears of some experts may be left out
+        for expert, names in self._of_expert.items():
+            alike.setdefault(tuple(name.rpartition(".")[2] for name in names), []).append(expert)
+        together = max(1, STACKED_VALUES // features**2)
+        outcomes: dict[str, Outcome] = {}
+        for numbers in alike.values():
+            for start in range(0, len(numbers), together):
+                some = self._collect(numbers[start : start + together], seen)
+                outcomes |= self._solve_stacked(some, pooled, divisor)
+        return outcomes
+
+    def _new_moments(self, seen: list[_Seen]) -> SecondMoments:
+        tokens = seen[0].quantized
+        return SecondMoments(tokens.shape[-1], tokens.device, cross=seen[0].original is not None)
+
+    def _collect(self, numbers: list[int], seen: list[_Seen]) -> dict[int, SecondMoments]:
+        moments = {expert: self._new_moments(seen) for expert in numbers}
+        for batch in seen:
+            for expert, start, stop in batch.routed.by_expert():
+                if expert in moments:
+                    batch.add_to(moments[expert], start, stop)
+        for each in moments.values():
+            each.sum_over(self._team.sum_)
+        return moments
+
+    def _solve_stacked(
+        self,
+        moments: dict[int, SecondMoments],
+        pooled: tuple[torch.Tensor, torch.Tensor | None] | None,
+        divisor: torch.Tensor | None,
+    ) -> dict[str, Outcome]:
+        """Factor the moments of some experts as one batch, and solve each; a process of a team its share of them."""
+        numbers, config = list(moments), self._config
+        shares, seconds, crosses = zip(
+            *(blended(each, pooled, divisor) for each in moments.values()), strict=True
+        )
+        titles = [f"{self.prefix}.{self._of_expert[expert][0]}" for expert in numbers]
+        damped = DampedMoments.stack(torch.stack(seconds), config.damp_percent, titles)
+        targets = [rotate(self._weight(expert), self.hadamard_size) for expert in numbers]
+        for i, cross in enumerate(crosses):
+            if cross is not None:
+                targets[i] = damped[i].correct_target(targets[i], cross, config.error_correction)
+        scales = [self._global_scale(target) for target in targets]
+        mine = range(len(numbers))[self._team.rows(len(numbers))]
+        solved = self._solve_together(
+            [targets[i] for i in mine], [damped[i] for i in mine], [scales[i] for i in mine]
+        )
+        outcomes = {}
+        for i, (packed, scale, power) in enumerate(self._joined(solved, targets)):
+            names = self._of_expert[numbers[i]]
+            rows = [self._linears[name].out_features for name in names]
+            parts = FP4Weight(packed, scale, scales[i], self._format).split(rows)
+            for name, part in zip(names, parts, strict=True):
+                self._take(name, part)
+                outcomes[name] = Outcome.of(power, moments[numbers[i]].tokens, shares[i])
+        return outcomes
+
+    def _solve_together(
+        self, targets: list[torch.Tensor], damped: list[DampedMoments], divisors: list[Any]
+    ) -> list[tuple[FP4Weight, torch.Tensor]]:
+        """`Group._solve_rows` of several experts, whose columns are solved in the same launches."""
+        if not targets:
+            return []
+        config, fmt = self._config, self._format
+        weight, second = torch.stack(targets), [each.second for each in damped]
+        scale = torch.stack(list(map(self._scales, targets, second, divisors)))
+        divisor = None if divisors[0] is None else torch.cat(divisors)
+        rounded = solved = round_weight(weight, scale, fmt, divisor)
+        if self._solves:
+            order = torch.stack([activation_order(each) for each in second]) if config.act_order else None
+            upper = torch.stack(upper_factors(damped, [None] * len(damped) if order is None else list(order)))
+            solved = solve(weight, scale, fmt, divisor, upper, order, self._kernels)
+            if config.descent_passes:
+                added = torch.tensor([each.added for each in damped], device=weight.device)
+                solved = descend(
+                    weight, solved, torch.stack(second), added, config.descent_passes, self._kernels
+                )
+        differences = (weight, weight - rounded.dequantize(), weight - solved.dequantize())
+        powers = [
+            torch.stack([output_power(each[i], second[i]) for each in differences])
+            for i in range(len(targets))
+        ]
+        return list(zip(solved.unstack(), powers, strict=True))
+
+    def _joined(
+        self, solved: list[tuple[FP4Weight, torch.Tensor]], targets: list[torch.Tensor]
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor, list[float]]]:
+        """Codes, block scales and powers of all experts, from everybody's."""
+        (rows, features), device, count = targets[0].shape, targets[0].device, len(targets)
+        groups = features // self._format.group_size
+        packed = torch.empty((0, rows, features // 2), dtype=torch.uint8, device=device)
+        scale = torch.empty((0, rows, groups), dtype=self._format.scale_dtype, device=device)
+        power = torch.empty((0, 3), device=device)
+        if solved:
+            packed = torch.stack([weight.packed for weight, _ in solved])
+            scale = torch.stack([weight.scale for weight, _ in solved])
+            power = torch.stack([power for _, power in solved])
+        all_ = [self._team.join_rows(part, count) for part in (packed, scale, power)]
+        return zip(all_[0], all_[1], all_[2].tolist(), strict=True)
+
+    def _weight(self, expert: int) -> torch.Tensor:
+        return torch.cat([self._linears[name].weight.detach().float() for name in self._of_expert[expert]])
+
+    def simulated(self) -> dict[str, Callable[[Any], torch.Tensor]]:
+        """The projection as its FP4 linears will compute it, on weights that are unpacked once per block."""
+        return {self.entries[0]: self._forward_routed}
+
+    def _forward_routed(self, routed: Routed) -> torch.Tensor:
+        values, _ = self._quantize_input(routed.tokens, self._input_scale)
+        linears = self._experts.layout.projections[self._projection][1]
+
+        def run(expert: int, start: int, stop: int) -> torch.Tensor:
+            parts = []
+            for linear in linears:
+                name = f"{self._owner}.{expert}.{linear}"
+                if name in self.solved:
+                    y = self._linear(name, routed.of_rows(values, start, stop))
+                else:
+                    (unchanged,) = self._experts.linears(expert, [linear])
+                    y = unchanged(routed.of_rows(routed.tokens, start, stop))
+                parts.append(y.to(routed.tokens.dtype))
+            return self._experts.layout.join(parts, -1)
+
+        rows = sum(linear.out_features for linear in self._experts.linears(0, linears))
+        return gather_rows(routed, run, rows)
+
+
+def _without_zeros(routed: Routed, original: torch.Tensor | None) -> Routed:
+    """Of the tokens that a model gives to every expert those that are none of zeros, which are the ones meant for it."""
+    meant = routed.tokens.ne(0).any(-1)
+    if original is not None:
+        meant &= original.ne(0).any(-1)
+    before = nn.functional.pad(meant.cumsum(0), (1, 0))
+    return Routed(routed.tokens, meant.nonzero().flatten(), before[routed.offsets])
+
+
+def describe_coverage(rows: Iterable[Any]) -> str:
+    """The experts whose second moments are not all their own, with the tokens that each got; empty if there are none."""
+    few: dict[str, dict[int, int]] = {}
+    for row in rows:
+        found = re.fullmatch(r"(.+)\.(\d+)\.\w+", row.name)
+        if found and row.own_share is not None and row.own_share < 1:
+            few.setdefault(found[1], {})[int(found[2])] = row.tokens
+    return "; ".join(
+        f"{name}: " + ", ".join(f"{expert} ({tokens})" for expert, tokens in sorted(experts.items()))
+        for name, experts in few.items()
+    )
