@@ -210,7 +210,7 @@ class _Block:
                         if advance:
                             batch.rest(other.output())
                         other.abandon()
-                    elif other and not wait:
+                    elif other and batch.original is not None and not wait:
                         other.abandon()
                         original[i] = begin(batch.original, call, {})
                     if not wait:  # what is needed of it later is computed again
