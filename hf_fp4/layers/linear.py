@@ -16,7 +16,6 @@ from ..gptq import FP4Weight
 from ..rotation import rotate
 from ..scales import fused_partners
 
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _KERNEL_ROWS = 16
 # Asked here and not in forward: torch.compile of torch 2.11 cannot trace the question.
 _AUTOCAST_DEVICES = {
@@ -198,7 +197,7 @@ class FP4Linear(nn.Linear):
         return self._compute(x, x.dtype)
 
     def _compute(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if self.kernels.module is None or dtype not in _KERNEL_DTYPES:
+        if not self.kernels.take(dtype):
             return ops.linear(
                 x.to(dtype),
                 *self.stored(),
