@@ -1,6 +1,6 @@
 // Vectors of the instruction set at hand. Included inside its namespace, after the target is set and kWidth, the number of
 // floats in a register, is defined. Sums of products are written out as multiply_add, and nothing else is contracted, so
-// that every instruction set with FMA gives the same bits.
+// that every instruction set quantizes tokens to the same bits.
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
