@@ -12,7 +12,7 @@ from importlib import metadata
 
 import torch
 
-from .backends import BACKENDS, Kernels, KernelSource, select
+from .backends import BACKENDS, DEVICE_BACKENDS, Kernels, KernelSource, select
 from .formats import FP4Format
 from .gptq import round_weight
 from .layers.linear import FP4Linear
@@ -105,7 +105,7 @@ def _print(line: str) -> None:
 
 
 def _examine(source: KernelSource, device: torch.device) -> list[Check]:
-    _print(f"\nBackends on {device}" + (f", kernels of {source}" if device.type == "cuda" else ""))
+    _print(f"\nBackends on {device}, kernels of {source}")
     found = _select(source, device)
     for name, verdict in explain(found, device).items():
         _print(f"  {name:10} {verdict}")
@@ -130,7 +130,7 @@ def _select(source: KernelSource, device: torch.device) -> Kernels:
         return select(source, device)
     except Exception as error:  # noqa: BLE001 - a driver may fail in any way, and this is the report about it
         reason = _describe(error)
-        return Kernels("reference", turned_down=dict.fromkeys(BACKENDS[:-1], reason))
+        return Kernels("reference", turned_down=dict.fromkeys(DEVICE_BACKENDS.get(device.type, ()), reason))
 
 
 def _describe(error: Exception) -> str:
@@ -210,10 +210,12 @@ def explain(found: Kernels, device: torch.device) -> dict[str, str]:
             verdicts[name] = "taken"
         elif name in found.turned_down:
             verdicts[name] = f"no: {' '.join(found.turned_down[name].split())}"
+        elif name in DEVICE_BACKENDS["cuda"] and device.type != "cuda":
+            verdicts[name] = "no: it runs on NVIDIA GPUs"
+        elif name in DEVICE_BACKENDS["cpu"] and device.type != "cpu":
+            verdicts[name] = "no: it runs on a CPU"
         elif BACKENDS.index(name) > BACKENDS.index(found.backend):
             verdicts[name] = f"not needed: {found.backend} is faster"
-        elif device.type != "cuda":
-            verdicts[name] = "no: it runs on NVIDIA GPUs"
         else:
             verdicts[name] = "no"
     return verdicts

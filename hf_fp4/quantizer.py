@@ -357,8 +357,9 @@ class _QuantizeOnLoad(ConversionOps):
         tensors = {}
         for name, weight in weights.items():
             divisor = None if global_scale is None else global_scale.to(weight.device, copy=True)
+            search = select(self._config.kernel_source, weight.device).search_scales
             parts = [
-                round_weight(part, weight_scales(part, fmt, rule, divisor), fmt, divisor)
+                round_weight(part, weight_scales(part, fmt, rule, divisor, search=search), fmt, divisor)
                 for part in self._rotated(name, weight)
             ]
             tensors[f"{name}.weight"] = torch.cat([part.packed for part in parts])

@@ -26,9 +26,9 @@ CHECKS = ["nvfp4 W4A4, Hadamard 32", "nvfp4 W4A16", "mxfp4 W4A4, Hadamard 32", "
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("LOCAL_KERNELS", raising=False)
-    hub._select_cuda.cache_clear()
+    hub._select.cache_clear()
     yield
-    hub._select_cuda.cache_clear()
+    hub._select.cache_clear()
 
 
 class FakeKernels:
@@ -80,7 +80,7 @@ def pretend(monkeypatch):
         }
         for name, function in cuda.items():
             monkeypatch.setattr(torch.cuda, name, function)
-        monkeypatch.setattr(hub, "_load", load)
+        monkeypatch.setattr(hub, "_load", lambda source, device_type: load(source))
         for owner in (nn.Module, torch.Tensor):
             monkeypatch.setattr(owner, "to", _ignoring_cuda(owner.to))
         monkeypatch.setattr(
@@ -115,7 +115,8 @@ def test_cpu_runs_the_reference_and_is_checked(capsys):
     assert verdict(printed, "reference") == "taken"
     for backend in ("blackwell", "cuda", "triton"):
         assert verdict(printed, backend) == "no: it runs on NVIDIA GPUs"
-    assert printed.count("what to do: ") == 1
+    assert verdict(printed, "cpu").startswith("no: ")
+    assert printed.count("what to do: ") == 2, "for the CPU's kernels, and for a GPU"
     for name in CHECKS:
         line = next(line for line in printed.splitlines() if line.startswith(f"  {name} "))
         assert " OK " in line and "on reference" in line

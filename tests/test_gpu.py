@@ -42,7 +42,7 @@ def kernels():
             if not BUILD.is_dir():
                 pytest.skip("no kernels: run make -C kernel_hub, or set LOCAL_KERNELS")
             patch.setenv("LOCAL_KERNELS", f"{SOURCE.repo}={BUILD}")
-        hub._select_cuda.cache_clear()
+        hub._select.cache_clear()
         found = select(SOURCE, torch.device("cuda"))
         assert found.module is not None, found.turned_down
         yield found

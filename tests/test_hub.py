@@ -18,12 +18,12 @@ SOURCE = KernelSource("me/kernels", 3)
 @pytest.fixture(autouse=True)
 def one_gpu(monkeypatch):
     """A GPU that is only talked about."""
-    for cached in (hub._select_cuda, hub._load):
+    for cached in (hub._select, hub._load):
         cached.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU 80GB")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
     yield
-    for cached in (hub._select_cuda, hub._load):
+    for cached in (hub._select, hub._load):
         cached.cache_clear()
 
 
@@ -31,10 +31,36 @@ def package(backend):
     return types.SimpleNamespace(backend_of=lambda index: backend)
 
 
-def test_a_cpu_runs_the_reference_and_loads_nothing(monkeypatch):
+def test_other_devices_run_the_reference_and_load_nothing(monkeypatch):
     monkeypatch.setattr(kernels, "get_kernel", lambda *a, **k: pytest.fail("a kernel was loaded"))
-    assert select(SOURCE, torch.device("cpu")) is REFERENCE
+    assert select(SOURCE, torch.device("mps")) is REFERENCE
     assert describe(REFERENCE, SOURCE) == "FP4 linears run on the reference backend"
+
+
+def test_a_cpu_loads_the_cpu_build(monkeypatch):
+    """Also where PyTorch is one for GPUs, whose build of the package the loader would choose by itself."""
+    loaded = []
+
+    def get_kernel(repo, **arguments):
+        loaded.append(arguments["backend"])
+        return package("cpu")
+
+    monkeypatch.setattr(kernels, "get_kernel", get_kernel)
+    found = select(SOURCE, torch.device("cpu"))
+    assert found.backend == "cpu" and loaded == ["cpu"] and not found.turned_down
+    assert describe(found, SOURCE) == "FP4 linears run on the cpu backend"
+    assert found.take(torch.float32) and found.take(torch.bfloat16) and not found.take(torch.float64)
+    assert not REFERENCE.take(torch.bfloat16) and not hub.Kernels("triton", found.module).take(torch.float32)
+
+
+def test_a_cpu_without_kernels_runs_the_reference(monkeypatch):
+    def fail(*args, **kwargs):
+        raise FileNotFoundError("no build variant")
+
+    monkeypatch.setattr(kernels, "get_kernel", fail)
+    found = select(SOURCE, torch.device("cpu"))
+    assert found.backend == "reference" and list(found.turned_down) == ["cpu"]
+    assert "reference backend, kernels of me/kernels (version 3): cpu: " in describe(found, SOURCE)
 
 
 @pytest.mark.parametrize("trust", [False, True])
@@ -50,7 +76,7 @@ def test_only_what_the_config_names_is_loaded(trust, monkeypatch):
     found = select(config.kernel_source, CUDA)
     assert found.backend == "cuda" and found.module is not None and set(found.turned_down) == {"blackwell"}
     assert select(config.kernel_source, CUDA) is found
-    expected = {"version": 3, "trust_remote_code": trust, "check_arch": False}
+    expected = {"version": 3, "backend": None, "trust_remote_code": trust, "check_arch": False}
     assert loaded == [("me/kernels", expected)], "loaded once, and as the config says"
 
 

@@ -139,11 +139,11 @@ seen["after short"] = equal(load("me/broken", cache_dir=work / "c", force_downlo
 from hf_fp4.backends import hub
 def source(**keywords):
     return MRGPTQConfig(**keywords).kernel_source
-seen["untrusted"] = hub.describe(hub._select_cuda(source(kernel_repo="me/kernels"), 0), source(kernel_repo="me/kernels"))
-kernels = hub._load(source(kernel_repo="me/kernels", trust_kernel_repo=True))
+seen["untrusted"] = hub.describe(hub._select(source(kernel_repo="me/kernels"), torch.device("cuda", 0)), source(kernel_repo="me/kernels"))
+kernels = hub._load(source(kernel_repo="me/kernels", trust_kernel_repo=True), "cuda")
 seen["trusted by us"] = [kernels.backend_of(0), "me--kernels" in kernels.__file__]
-seen["trusted publisher"] = hub._load(source(kernel_repo="trusted/kernels", kernel_version=2)).backend_of(0)
-seen["no version"] = error_of(hub._load, source(kernel_repo="trusted/kernels", kernel_version=7))
+seen["trusted publisher"] = hub._load(source(kernel_repo="trusted/kernels", kernel_version=2), "cuda").backend_of(0)
+seen["no version"] = error_of(hub._load, source(kernel_repo="trusted/kernels", kernel_version=7), "cuda")
 """
 
 BASE_CARD = b"---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Base\n"

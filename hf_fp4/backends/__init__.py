@@ -2,6 +2,7 @@
 
 from . import reference as reference
 from .hub import BACKENDS as BACKENDS
+from .hub import DEVICE_BACKENDS as DEVICE_BACKENDS
 from .hub import REFERENCE as REFERENCE
 from .hub import Kernels as Kernels
 from .hub import KernelSource as KernelSource

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -12,8 +13,11 @@ import torch
 from ..formats import FP4Format
 from . import reference
 
-BACKENDS = ("blackwell", "cuda", "triton", "reference")
+BACKENDS = ("blackwell", "cuda", "triton", "cpu", "reference")
 """The best first. All but the last are the kernel package's, whose choice it is which one a GPU takes."""
+
+DEVICE_BACKENDS = {"cuda": ("blackwell", "cuda", "triton"), "cpu": ("cpu",)}
+"""Those of the kernel package that run on a type of device."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,16 @@ class Kernels:
     module: ModuleType | None = field(default=None, compare=False)
     turned_down: dict[str, str] = field(default_factory=dict, compare=False)
 
+    def take(self, dtype: torch.dtype) -> bool:
+        """Whether the package's functions take inputs of ``dtype``; the reference takes what they do not."""
+        dtypes = [torch.bfloat16, torch.float16] + [torch.float32] * (self.backend == "cpu")
+        return self.module is not None and dtype in dtypes
+
+    @property
+    def search_scales(self) -> Callable[..., torch.Tensor] | None:
+        """The package's search of block scales; None without one."""
+        return None if self.module is None else self.module.search_scales
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Kernels:
         return self  # a layer's copy runs the same code
 
@@ -54,21 +68,22 @@ def select(source: KernelSource, device: torch.device) -> Kernels:
 
     Loads the kernel package at its first use; nothing else is ever loaded. Does not raise: what went wrong is a reason.
     """
-    if device.type != "cuda":
+    if device.type not in DEVICE_BACKENDS:
         return REFERENCE
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _select_cuda(source, index)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _select(source, device)
 
 
 @functools.cache
-def _select_cuda(source: KernelSource, index: int) -> Kernels:
+def _select(source: KernelSource, device: torch.device) -> Kernels:
     try:
-        module = _load(source)
-        backend = module.backend_of(index)
-        turned_down = _why_not_better(backend, index)
+        module = _load(source, device.type)
+        backend = module.backend_of(device)
+        turned_down = _why_not_better(backend, device.index) if device.type == "cuda" else {}
     except Exception as error:  # noqa: BLE001 - whatever keeps a kernel from loading is a reason to go on without it
         reason = f"{type(error).__name__}: {error}".strip()
-        return Kernels("reference", turned_down=dict.fromkeys(BACKENDS[:-1], reason))
+        return Kernels("reference", turned_down=dict.fromkeys(DEVICE_BACKENDS[device.type], reason))
     return Kernels(backend, module, turned_down)
 
 
@@ -83,12 +98,16 @@ def _why_not_better(backend: str, index: int) -> dict[str, str]:
 
 
 @functools.cache
-def _load(source: KernelSource) -> ModuleType:
-    import kernels  # takes a while, and is of no use without a GPU
+def _load(source: KernelSource, device_type: str) -> ModuleType:
+    import kernels  # takes a while
 
     # A package that holds compiled kernels for one GPU also holds the Triton files for the others.
     return kernels.get_kernel(
-        source.repo, version=source.version, trust_remote_code=source.trust, check_arch=False
+        source.repo,
+        version=source.version,
+        backend="cpu" if device_type == "cpu" else None,
+        trust_remote_code=source.trust,
+        check_arch=False,
     )
 
 
@@ -118,7 +137,7 @@ def input_arguments(
 
 def fake_quantizes(kernels: Kernels, x: torch.Tensor) -> bool:
     """Whether `quantize_input` of ``x`` runs on kernels, which give back bfloat16."""
-    return kernels.module is not None and x.dtype == torch.bfloat16
+    return kernels.take(x.dtype) and x.dtype == torch.bfloat16
 
 
 def quantize_input(

@@ -206,8 +206,7 @@ class Group:
     def _scales(
         self, weight: torch.Tensor, second: torch.Tensor, global_scale: torch.Tensor | None
     ) -> torch.Tensor:
-        search = None if self._kernels.module is None else self._kernels.module.search_scales
-        rule = self._config.weight_rule
+        rule, search = self._config.weight_rule, self._kernels.search_scales
         return weight_scales(weight, self._format, rule, global_scale, second.diagonal(), search)
 
     def _codes(

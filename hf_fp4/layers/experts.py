@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from ..backends import Kernels, KernelSource, input_arguments, select
-from .linear import KERNEL_DTYPES, KERNEL_ROWS, FP4Linear
+from .linear import KERNEL_ROWS, FP4Linear
 from .linear import use_kernels as use_kernels_by_layer
 
 GATE_UP, DOWN = "gate_up", "down"
@@ -192,6 +192,8 @@ class Projection(nn.Module):
         found = self.layers()
         if not found or self._out_features % KERNEL_ROWS or kernels.module is None:
             return False
+        if kernels.backend == "cpu":  # its products are fast for one expert at a time
+            return False
         if not hasattr(kernels.module, "grouped_linear"):  # a package from before there were experts
             return False
         layout, first = self._experts[0].layout, found[0][0]
@@ -243,9 +245,8 @@ class _Stacked:
     def takes(self, x: torch.Tensor) -> bool:
         """Whether the kernels can compute this; gradients and autocast are the linears' own affair."""
         differentiates = torch.is_grad_enabled() and x.requires_grad
-        return (
-            x.dtype in KERNEL_DTYPES and not differentiates and not torch.is_autocast_enabled(x.device.type)
-        )
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return self.kernels.take(x.dtype) and not differentiates and not autocast
 
     def run(self, routed: Routed) -> torch.Tensor:
         """[S, N]."""

@@ -16,7 +16,6 @@ from ..gptq import FP4Weight
 from ..rotation import rotate
 from ..scales import fused_partners
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 KERNEL_ROWS = 16
 """Kernels take outputs in multiples of this."""
 
@@ -199,7 +198,7 @@ class FP4Linear(nn.Linear):
         return self._compute(x, x.dtype)
 
     def _compute(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if self.kernels.module is None or dtype not in KERNEL_DTYPES:
+        if not self.kernels.take(dtype):
             return ops.linear(
                 x.to(dtype),
                 *self.stored(),

@@ -1,16 +1,21 @@
-"""FP4 linears against bf16 F.linear, per shape: us, ratio, share of the bound. CUDA graphs, cold weights.
+"""FP4 linears against bf16 F.linear, per shape: us, ratio, share of the bound. Cold weights.
 
     python benchmarks/benchmark_linear.py [--m 1 16 64] [--mode nvfp4_w4a4 ...] [--backend triton] [--json out.json]
+    OMP_NUM_THREADS=2 python benchmarks/benchmark_linear.py --backend cpu
 
-Weights rotate through a set larger than the L2 cache. A result that fails its check is not timed. The bound is the larger
+On a GPU in CUDA graphs; on a CPU every call of one is followed by a call of each other, and the fastest of each counts,
+so that what else the machine does matters little. Weights rotate through a set larger than the last cache. A result that fails its check is not timed. The bound is the larger
 of the weight bytes over the measured copy bandwidth and the operations over the measured rate of a bf16 product (for
 mxfp4 W4A4 twice that).
 """
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -56,12 +61,33 @@ def time_graph(calls, replays=7) -> float:
     return statistics.median(times)
 
 
+def time_in_turns(calls: dict[str, list], rounds: int) -> dict[str, float]:
+    """The least microseconds of one call of each; in every round one after the other."""
+    times = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, some in calls.items():
+            start = time.perf_counter()
+            some[i % len(some)]()
+            times[name].append((time.perf_counter() - start) * 1e6)
+    return {name: min(taken[1:]) for name, taken in times.items()}
+
+
+def time_each(calls: dict[str, list], m: int) -> dict[str, float]:
+    if torch.get_default_device().type == "cpu":
+        return time_in_turns(calls, rounds=31 if m <= 16 else 9)
+    return {name: time_graph(some * (3 if m <= 512 else 1)) for name, some in calls.items()}
+
+
 def measure_bounds() -> tuple[float, float]:
-    """Bytes/s of a device copy (read plus written), FLOP/s of a bf16 product."""
-    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    """Bytes/s of a device copy (read plus written), on a CPU of reading alone; FLOP/s of a bf16 product."""
+    if torch.get_default_device().type == "cpu":
+        numbers, x = torch.ones(1 << 26), torch.randn(2048, 2048, dtype=torch.bfloat16)
+        times = time_in_turns({"read": [numbers.sum], "product": [lambda: x @ x]}, rounds=9)
+        return 4 * numbers.numel() / (times["read"] * 1e-6), 2 * 2048**3 / (times["product"] * 1e-6)
+    a = torch.empty(1 << 30, dtype=torch.uint8)
     b = torch.empty_like(a)
     copy = 2 * a.numel() / (time_graph([lambda: b.copy_(a)] * 4) * 1e-6)
-    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(8192, 8192, dtype=torch.bfloat16)
     return copy, 2 * 8192**3 / (time_graph([lambda: x @ x] * 3) * 1e-6)
 
 
@@ -69,18 +95,18 @@ def repeat(count: int) -> int:
     return max(2, min(count, 40))
 
 
-def time_bf16(n, k, m) -> float:
+def bf16_calls(n, k, m) -> list:
     copies = repeat(COLD_BYTES // (n * k * 2) + 1)
-    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    return time_graph([lambda w=w: F.linear(x, w) for w in weights] * (3 if m <= 512 else 1))
+    weights = [torch.randn(n, k, dtype=torch.bfloat16) for _ in range(copies)]
+    x = torch.randn(m, k, dtype=torch.bfloat16)
+    return [lambda w=w: F.linear(x, w) for w in weights]
 
 
-def time_fp4(kernels, mode, n, k, m) -> float:
+def fp4_calls(kernels, mode, n, k, m) -> list:
     copies = repeat(COLD_BYTES * 2 // (n * k) + 1)
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    g = torch.tensor([64.0], device="cuda") if mode.format == "nvfp4" and mode.activations == "fp4" else None
-    weight = ref.random_weight(n, k, mode.format, "cuda")
+    x = torch.randn(m, k, dtype=torch.bfloat16)
+    g = torch.tensor([64.0]) if mode.format == "nvfp4" and mode.activations == "fp4" else None
+    weight = ref.random_weight(n, k, mode.format)
     first = kernels.prepare_weight(*weight)
     prepared = [first] + [(first[0].clone(), first[1]) for _ in range(copies - 1)]
 
@@ -100,7 +126,14 @@ def time_fp4(kernels, mode, n, k, m) -> float:
     error = ref.relative_error(call(prepared[-1])[rows], want.double())
     if not error < 6e-3:
         raise SystemExit(f"{mode.id} m={m} n={n} k={k}: wrong result, error {error:.2e}; not timed")
-    return time_graph([lambda p=p: call(p) for p in prepared] * (3 if m <= 512 else 1))
+    return [lambda p=p: call(p) for p in prepared]
+
+
+def describe(kernels) -> str:
+    if torch.get_default_device().type == "cpu":
+        isa = kernels._linear.ops.cpu_isa()
+        return f"{platform.machine()}, {isa}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
 
 
 def main() -> None:
@@ -109,40 +142,56 @@ def main() -> None:
     )
     parser.add_argument("--m", type=int, nargs="+", default=[1, 16, 64, 128, 512, 4096])
     parser.add_argument("--mode", nargs="+", default=list(MODES)[:4], choices=list(MODES))
-    parser.add_argument("--backend", default="cuda", choices=["cuda", "triton"])
+    parser.add_argument("--backend", default="cuda", choices=["cuda", "triton", "cpu"])
+    parser.add_argument("--layer", nargs="+", default=list(LLAMA_8B), choices=list(LLAMA_8B))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     kernels = load_variant(variant_paths()[args.backend])
+    torch.set_default_device("cpu" if args.backend == "cpu" else "cuda")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     bandwidth, rate = measure_bounds()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
+    print(describe(kernels))
+    print(f"memory {bandwidth / 1e9:.0f} GB/s, bf16 product {rate / 1e12:.3g} TFLOP/s")
     results = []
     print(
         f"{'M':>5} {'mode':<20} "
-        + " ".join(f"{name + ' us (x, %)':>22}" for name in LLAMA_8B)
+        + " ".join(f"{name + ' us (x, %)':>22}" for name in args.layer)
         + f" {'sum us':>8} {'x bf16':>7}"
     )
     for m in args.m:
-        bf16 = {name: time_bf16(n, k, m) for name, (n, k) in LLAMA_8B.items()}
+        times = {}
+        for layer in args.layer:
+            n, k = LLAMA_8B[layer]
+            calls = {"bf16": bf16_calls(n, k, m)}
+            calls |= {name: fp4_calls(kernels, MODES[name], n, k, m) for name in args.mode}
+            times[layer] = time_each(calls, m)
+        bf16 = {layer: taken["bf16"] for layer, taken in times.items()}
         total = sum(bf16.values())
         print(f"{m:>5} {'bf16':<20} " + " ".join(f"{t:>22.1f}" for t in bf16.values()) + f" {total:>8.1f}")
         for name in args.mode:
-            mode, cells, times = MODES[name], [], {}
-            for layer, (n, k) in LLAMA_8B.items():
-                t = times[layer] = time_fp4(kernels, mode, n, k, m)
+            mode, cells = MODES[name], []
+            fp4 = {layer: taken[name] for layer, taken in times.items()}
+            for layer, t in fp4.items():
+                n, k = LLAMA_8B[layer]
                 bytes_ = n * k * (0.5625 if mode.format == "nvfp4" else 0.53125) + 2 * m * (n + k)
-                speed = rate * (2 if name.startswith("mxfp4_w4a4") else 1)
+                speed = rate * (2 if name.startswith("mxfp4_w4a4") and args.backend != "cpu" else 1)
                 bound = max(bytes_ / bandwidth, 2 * m * n * k / speed) * 1e6
                 cells.append(f"{t:>8.1f} ({bf16[layer] / t:>4.2f}, {100 * bound / t:>3.0f}%)")
-            fp4 = sum(times.values())
+            fp4_total = sum(fp4.values())
             results.append(
-                {"m": m, "mode": name, "us": times, "sum": fp4, "bf16_us": bf16, "ratio": total / fp4}
+                {
+                    "m": m,
+                    "mode": name,
+                    "us": fp4,
+                    "sum": fp4_total,
+                    "bf16_us": bf16,
+                    "ratio": total / fp4_total,
+                }
             )
             print(
                 f"{m:>5} {name:<20} "
                 + " ".join(f"{c:>22}" for c in cells)
-                + f" {fp4:>8.1f} {total / fp4:>7.2f}",
+                + f" {fp4_total:>8.1f} {total / fp4_total:>7.2f}",
                 flush=True,
             )
     if args.json:

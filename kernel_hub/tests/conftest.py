@@ -1,5 +1,6 @@
 """Loads a built variant the way the `kernels` package does, and poisons uninitialised memory."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -25,17 +26,17 @@ def pytest_collection_modifyitems(config, items):
     if torch.cuda.is_available() or config.getoption("--slow"):
         return
     for item in items:
-        if item.get_closest_marker("slow"):
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("kernels", "triton")
+        if item.get_closest_marker("slow") and backend == "triton":
             item.add_marker(
                 pytest.mark.skip(reason="takes long in Triton's interpreter; --slow runs it, and a GPU does")
             )
 
 
+@functools.cache
 def load_variant(path: Path):
     """Imports a variant directory under the module name its metadata gives it."""
     name = json.loads((path / "metadata.json").read_text())["id"]
-    if name in sys.modules:
-        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path / "__init__.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -47,16 +48,21 @@ def variant_paths() -> dict[str, Path]:
     build = Path(os.environ.get("HF_FP4_KERNELS_BUILD", ROOT / "build"))
     found = {"triton": build / "torch-cuda"}
     for path in sorted(build.glob("torch-stable-abi*")):
-        found["cuda"] = path
+        found["cpu" if "-cpu-" in path.name else "cuda"] = path
     return {k: v for k, v in found.items() if v.is_dir()}
 
 
-@pytest.fixture(params=["cuda", "triton"], scope="session")
+def device_of(kernels) -> str:
+    """Where a variant's kernels run."""
+    return "cpu" if kernels._cpu.is_compiled() else "cuda"
+
+
+@pytest.fixture(params=["cuda", "triton", "cpu"], scope="session")
 def kernels(request):
     """The module under test, once per backend."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
     paths = variant_paths()
+    if request.param != "cpu" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
     if request.param not in paths:
         pytest.skip(f"no {request.param} variant built; run make in kernel_hub")
     if request.param == "cuda" and torch.cuda.get_device_capability() != (9, 0):
@@ -67,9 +73,6 @@ def kernels(request):
 @pytest.fixture(autouse=True)
 def poison():
     """torch.empty returns NaN (0xFF for bytes): what a kernel forgets to write shows."""
-    if not torch.cuda.is_available():
-        yield
-        return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

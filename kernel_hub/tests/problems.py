@@ -74,11 +74,19 @@ MODES = [
     Mode("mxfp4", "fp4", None, dtype="float16"),
 ]
 
+# On a CPU only.
+FLOAT32_MODES = [
+    Mode("nvfp4", "bf16", None, dtype="float32"),
+    Mode("nvfp4", "fp4", 16, dtype="float32"),
+    Mode("mxfp4", "bf16", 32, dtype="float32"),
+    Mode("mxfp4", "fp4", 32, rule="mse", dtype="float32"),
+]
+
 # The four linears of one Llama-3.1-8B layer (q, k, v and gate, up fused).
 LLAMA_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 
 # Error of a result against FP32 may be at most twice eager's plus this, relative to the norm of the result.
-FLOORS = {"bfloat16": 1e-3, "float16": 2e-4}
+FLOORS = {"bfloat16": 1e-3, "float16": 2e-4, "float32": 1e-6}
 
 
 # 10 * share + split of prepared_gemm's `split`, all that are possible in effect.

@@ -107,7 +107,7 @@ def weight_values(weight, weight_scale, weight_global_scale) -> torch.Tensor:
     return values * weight_scale.double().repeat_interleave(16, 1) / weight_global_scale.double()
 
 
-def random_weight(n: int, k: int, format: str, device, spread: int = 3):
+def random_weight(n: int, k: int, format: str, device=None, spread: int = 3):
     """Random codes and scales: weight, weight_scale, weight_global_scale."""
     weight = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
     if format == "mxfp4":

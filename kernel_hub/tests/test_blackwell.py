@@ -23,7 +23,7 @@ if DEVICE == "cpu":
 tl = pytest.importorskip("triton.language", reason="needs triton")
 
 from blackwell_compile import load_source
-from test_linear_gpu import check
+from test_linear import check
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -53,9 +53,9 @@ def test_no_nvcc(tool, no_nvcc):
     with pytest.raises(
         tool.Unavailable, match="nvcc was not found; install the CUDA 13 toolkit.*make noarch"
     ):
-        tool.find_toolchain(None)
+        tool.find_cuda_toolchain(None)
     with pytest.raises(tool.Unavailable, match="/no/nvcc was not found"):
-        tool.find_toolchain("/no/nvcc")
+        tool.find_cuda_toolchain("/no/nvcc")
 
 
 def test_other_cuda(tool, tools_of):
@@ -63,7 +63,7 @@ def test_other_cuda(tool, tools_of):
     with pytest.raises(
         tool.Unavailable, match="is of CUDA 12.8, these sources are for CUDA 13; name another"
     ):
-        tool.find_toolchain(nvcc)
+        tool.find_cuda_toolchain(nvcc)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_no_host_compiler(tool, tools_of, tmp_path):
     nvcc = tools_of("13.0")
     (tmp_path / "g++").unlink()
     with pytest.raises(tool.Unavailable, match=r"g\+\+ was not found"):
-        tool.find_toolchain(nvcc)
+        tool.find_cuda_toolchain(nvcc)
 
 
 def run_tool(*arguments):
@@ -111,7 +111,8 @@ def test_what_is_available_is_built(no_nvcc, tmp_path):
     old.touch()
     result = run_tool("--variant", "available", "--destination", tmp_path / "build")
     assert result.returncode == 0, result.stderr
-    assert "not compiled: nvcc was not found" in result.stdout
+    assert "cuda not compiled: nvcc was not found" in result.stdout
+    assert "cpu not compiled: g++ was not found" in result.stdout
     assert [p.name for p in (tmp_path / "build").iterdir()] == ["torch-cuda"] and not old.exists()
     metadata = json.loads((tmp_path / "build" / "torch-cuda" / "metadata.json").read_text())
     required = {"id", "name", "version", "license", "python-depends", "backend"}

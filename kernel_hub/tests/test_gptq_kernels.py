@@ -1,14 +1,14 @@
-"""The GPTQ kernels against `hf_fp4.gptq`, the same in PyTorch: compiled on a GPU, elsewhere in Triton's interpreter."""
+"""The GPTQ kernels against `hf_fp4.gptq`, the same in PyTorch: the CPU's, and Triton's, elsewhere than on a GPU interpreted."""
 
 import importlib
 
 import pytest
 import torch
 from blackwell_compile import load_source
+from conftest import load_variant, variant_paths
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-pytest.importorskip("triton", reason="needs triton")
 gptq = pytest.importorskip("hf_fp4.gptq", reason="needs hf_fp4, the reference")
 
 from hf_fp4.backends import REFERENCE, Kernels
@@ -30,13 +30,23 @@ SIZES = [
 DAMP = 0.01
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    """The source file: a build's other files need a GPU to be of use."""
-    module = importlib.import_module(f"{load_source().__name__}._gptq")
+@pytest.fixture(scope="module", params=["triton", "cpu", "cpu portable"])
+def kernels(request):
+    """Triton's source files, as a build's other files need a GPU to be of use; the CPU build."""
+    backend, _, isa = request.param.partition(" ")
+    if backend == "cpu":
+        if DEVICE != "cpu" or "cpu" not in variant_paths():
+            pytest.skip("needs the cpu variant, and no GPU")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_FP4_CPU_ISA", isa)
+            yield load_variant(variant_paths()["cpu"])
+        return
+    pytest.importorskip("triton", reason="needs triton")
+    name = load_source().__name__
     if DEVICE == "cpu":
-        module.ROWS = 32  # the interpreter's time goes by programs; 40 rows still take two of them
-    return module
+        # The interpreter's time goes by programs; 40 rows still take two of them.
+        importlib.import_module(f"{name}._gptq_kernels").ROWS = 32
+    yield importlib.import_module(f"{name}._gptq")
 
 
 def correlated_inputs(tokens, features, generator):

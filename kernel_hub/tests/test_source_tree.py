@@ -16,8 +16,8 @@ tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 CONFIG = tomllib.loads((ROOT / "build.toml").read_text())
 PACKAGE = ROOT / "torch-ext" / CONFIG["general"]["name"].replace("-", "_")
 MODULES = {path.name: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
-BINDING = (ROOT / "torch-ext" / "torch_binding.cpp").read_text()
-HEADER = (ROOT / "torch-ext" / "torch_binding.h").read_text()
+BINDINGS = {path.name: path.read_text() for path in sorted((ROOT / "torch-ext").glob("torch_binding*.cpp"))}
+HEADERS = {path.name: path.read_text() for path in sorted((ROOT / "torch-ext").glob("torch_binding*.h"))}
 CPP_TYPES = {
     "const Tensor&": "Tensor",
     "const std::optional<Tensor>&": "Optional[Tensor]",
@@ -56,10 +56,11 @@ def prefixed_name(call):
 def schemas():
     """Each compiled op's schema, as torch reads it."""
     found = {}
-    for literals in re.findall(r'ops\.def\(((?:\s*"[^"]*")+)\s*\)', BINDING):
+    text = "".join(BINDINGS.values())
+    for literals in re.findall(r'ops\.def\(((?:\s*"[^"]*")+)\s*\)', text):
         schema = torch._C.parse_schema("fp4::" + "".join(re.findall(r'"([^"]*)"', literals)))
         found[schema.name.removeprefix("fp4::")] = schema
-    assert len(found) == BINDING.count("ops.def(")
+    assert len(found) == text.count("ops.def(")
     return found
 
 
@@ -68,10 +69,10 @@ SCHEMAS = schemas()
 
 def cpp_functions(text):
     """(name, result, [(type, name)]) of every function of an op that ``text`` declares or defines."""
-    pattern = r"^(std::tuple<[^>]*>|Tensor) (\w+)\(([^)]*)\)"
+    pattern = r"^(std::tuple<[^>]*>|std::string|Tensor|void) (\w+)\(([^)]*)\)"
     for result, name, parameters in re.findall(pattern, text, re.MULTILINE):
         if name in SCHEMAS:
-            pairs = [" ".join(p.split()).rpartition(" ")[::2] for p in parameters.split(",")]
+            pairs = [" ".join(p.split()).rpartition(" ")[::2] for p in parameters.split(",") if p]
             yield name, result, pairs
 
 
@@ -81,7 +82,7 @@ def test_kernel_builder_takes_build_toml(tmp_path):
         "kernels._rust", reason="needs kernels, the loader, which has kernel-builder's parser"
     )
     build = rust.Build.open(ROOT)
-    assert build.general.backends == [rust.Backend.CUDA]
+    assert build.general.backends == [rust.Backend.CPU, rust.Backend.CUDA]
     text = (ROOT / "build.toml").read_text()
     (tmp_path / "build.toml").write_text(text.replace("cuda-capabilities", "cuda_capabilities"))
     with pytest.raises(ValueError, match="cuda_capabilities"):
@@ -94,9 +95,12 @@ def test_build_toml_fields():
     assert (general["name"], general["version"]) == ("hf-fp4-kernels", 1)
     assert general["license"] == "Apache-2.0"
     assert general["hub"]["repo-id"].endswith("/" + general["name"])
-    assert torch_["stable-abi"] == {"cuda": "2.11"}
+    assert torch_["stable-abi"] == {"cpu": "2.11", "cuda": "2.11"}
     for kernel in CONFIG["kernel"].values():
-        assert kernel["backend"] == "cuda" and kernel["depends"] == ["torch"]
+        assert kernel["depends"] == ["torch"]
+        if kernel["backend"] == "cpu":
+            continue
+        assert kernel["backend"] == "cuda"
         assert all(re.fullmatch(r"\d+\.\d[af]?", arch) for arch in kernel["cuda-capabilities"])
 
 
@@ -111,14 +115,18 @@ def test_hf_fp4_asks_for_this_kernel():
 
 def test_every_source_file_is_listed_once():
     listed = [s for kernel in CONFIG["kernel"].values() for s in kernel["src"]] + CONFIG["torch"]["src"]
-    files = [p for p in (ROOT / "fp4_cuda").rglob("*") if p.is_file()]
+    files = [p for name in ("fp4_cpu", "fp4_cuda") for p in (ROOT / name).rglob("*") if p.is_file()]
     files += [p for p in (ROOT / "torch-ext").glob("*") if p.is_file()]
     assert sorted(listed) == sorted(str(p.relative_to(ROOT)) for p in files)
 
 
 def test_includes_are_found_or_generated():
     """By name from the file's own folder, as no include directories are configured."""
-    for path in [*(ROOT / "fp4_cuda").iterdir(), *(ROOT / "torch-ext").glob("*.[ch]*")]:
+    for path in [
+        *(ROOT / "fp4_cpu").iterdir(),
+        *(ROOT / "fp4_cuda").iterdir(),
+        *(ROOT / "torch-ext").glob("*.[ch]*"),
+    ]:
         for name in re.findall(r'#include "([^"]+)"', path.read_text()):
             assert name == "registration.h" or (path.parent / name).is_file(), f"{path.name} includes {name}"
 
@@ -176,7 +184,7 @@ def test_api_is_what_the_card_documents():
 
 
 def test_every_op_has_a_schema_a_kernel_and_a_fake():
-    kernels = re.findall(r'ops\.impl\("(\w+)", TORCH_BOX\(&(\w+)\)\)', BINDING)
+    kernels = re.findall(r'ops\.impl\("(\w+)", TORCH_BOX\(&(\w+)\)\)', "".join(BINDINGS.values()))
     fakes = [
         name
         for _, function in functions()
@@ -205,17 +213,20 @@ def test_fake_takes_the_arguments_of_the_schema(name):
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-@pytest.mark.parametrize("text", [HEADER, BINDING], ids=["declared", "defined"])
-def test_function_takes_the_arguments_of_the_schema(text, name):
+@pytest.mark.parametrize("texts", [HEADERS, BINDINGS], ids=["declared", "defined"])
+def test_function_takes_the_arguments_of_the_schema(texts, name):
     """TORCH_BOX unpacks what a call passes by the C++ types, and nothing compares those with the schema."""
     schema = SCHEMAS[name]
     ((result, parameters),) = [
-        (result, pairs) for found, result, pairs in cpp_functions(text) if found == name
+        (result, pairs)
+        for text in texts.values()
+        for found, result, pairs in cpp_functions(text)
+        if found == name
     ]
     assert [CPP_TYPES[kind] for kind, _ in parameters] == [str(a.type) for a in schema.arguments]
     for (_, parameter), argument in zip(parameters, schema.arguments, strict=True):
         assert argument.name == parameter or argument.name.startswith(parameter + "_"), f"{name}: {parameter}"
-    returned = result.count("Tensor")
+    returned = result.count("Tensor") + result.count("std::string")
     assert returned == len(schema.returns)
 
 

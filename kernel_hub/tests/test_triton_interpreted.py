@@ -1,4 +1,4 @@
-"""The Triton kernels of the linears in Triton's interpreter. On a GPU `test_linear_gpu.py` runs them compiled."""
+"""The Triton kernels of the linears in Triton's interpreter. On a GPU `test_linear.py` runs them compiled."""
 
 import contextlib
 import importlib
@@ -9,12 +9,12 @@ import torch
 from problems import MODES, Shape
 
 if torch.cuda.is_available():
-    pytest.skip("a GPU runs these compiled: test_linear_gpu.py", allow_module_level=True)
+    pytest.skip("a GPU runs these compiled: test_linear.py", allow_module_level=True)
 tl = pytest.importorskip("triton.language", reason="needs triton")
 
 from blackwell_compile import load_source
 from test_blackwell import interpret_loop_bounds
-from test_linear_gpu import check, check_fake_quantize
+from test_linear import check, check_fake_quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

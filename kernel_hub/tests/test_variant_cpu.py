@@ -4,6 +4,7 @@ and tracing every function, what the library needs, and facts about the SASS."""
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -25,21 +26,31 @@ def path_of(variant):
     return PATHS[variant]
 
 
-@pytest.fixture(params=["cuda", "triton"])
+@pytest.fixture(params=["cuda", "triton", "cpu"])
 def variant(request):
     return path_of(request.param)
 
 
+def library_of(kind):
+    return next(path_of(kind).glob("*.abi3.so"))
+
+
 @pytest.fixture(scope="module")
 def library():
-    return next(path_of("cuda").glob("*.abi3.so"))
+    return library_of("cuda")
+
+
+def kind_of(variant):
+    """As tools/build.py calls it."""
+    return "noarch" if variant.name == "torch-cuda" else "cpu" if "-cpu-" in variant.name else "cuda"
 
 
 def test_variant_was_built_from_these_sources(variant):
     tool = build_tool()
-    kind = "noarch" if variant.name == "torch-cuda" else "compiled"
     found = json.loads((variant / "metadata.json").read_text())["id"]
-    assert found == tool.ops_name(tool.read_config(), kind), "the sources changed: run make in kernel_hub"
+    assert found == tool.ops_name(tool.read_config(), kind_of(variant)), (
+        "the sources changed: run make in kernel_hub"
+    )
 
 
 def test_loader_takes_the_metadata(variant):
@@ -53,18 +64,29 @@ def test_loader_takes_the_metadata(variant):
         validator.validate_metadata(metadata=metadata, variant=variant.name)
 
 
-@pytest.mark.parametrize("torch_version, preferred", [("2.10", "triton"), ("2.11", "cuda"), ("2.13", "cuda")])
-def test_loader_prefers_the_compiled_variant(torch_version, preferred):
+@pytest.mark.parametrize(
+    "torch_version, backend, preferred",
+    [
+        ("2.10", "cuda", "triton"),
+        ("2.11", "cuda", "cuda"),
+        ("2.13", "cuda", "cuda"),
+        ("2.11", "cpu", "cpu"),
+        ("2.13", "cpu", "cpu"),
+    ],
+)
+def test_loader_prefers_the_compiled_variant(torch_version, backend, preferred):
     pytest.importorskip("kernels", reason="needs kernels, the loader")
-    from kernels.backends import CUDA
+    from kernels.backends import CPU, CUDA
     from kernels.variants import _resolve_variant_for_system, parse_variant
     from packaging.version import Version
 
-    if len(PATHS) < 2:
-        pytest.skip("both variants must be built")
+    path_of("triton")
+    path_of(preferred)
+    if backend == "cuda":
+        path_of("cuda")
     variants, _ = _resolve_variant_for_system(
-        [parse_variant(p.name) for p in PATHS.values()], CUDA(Version("13.0")), "x86_64", "linux",
-        Version(torch_version), True, None,
+        [parse_variant(p.name) for p in PATHS.values()], CPU() if backend == "cpu" else CUDA(Version("13.0")),
+        platform.machine(), "linux", Version(torch_version), True, None,
     )  # fmt: skip
     assert variants[0].variant_str == PATHS[preferred].name
 
@@ -142,7 +164,7 @@ def load(variant, *libraries):
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("kind", ["cuda", "triton"])
+@pytest.mark.parametrize("kind", ["cuda", "triton", "cpu"])
 def test_loads_without_cuda_and_traces(kind, tmp_path):
     """get_kernel imports it, which starts nothing on a GPU; the ops' schemas and fakes take what the functions pass."""
     pytest.importorskip("kernels", reason="needs kernels, the loader")
@@ -151,23 +173,45 @@ def test_loads_without_cuda_and_traces(kind, tmp_path):
     libraries = stand_ins(next(path.glob("*.abi3.so")), tmp_path) if without_cuda else []
     found = load(path, *libraries)
     assert Path(found["file"]) == path / "__init__.py"
-    assert found["backends"] == {"8.0": "triton", "9.0": kind, "10.0": "blackwell"}
+    assert found["backends"] == {
+        "8.0": "triton",
+        "9.0": "cuda" if kind == "cuda" else "triton",
+        "10.0": "blackwell",
+    }
 
 
-def test_hf_fp4_loads_what_local_kernels_names(monkeypatch):
+@pytest.mark.parametrize(("kind", "device"), [("triton", "cuda"), ("cpu", "cpu")])
+def test_hf_fp4_loads_what_local_kernels_names(kind, device, monkeypatch):
     hub = pytest.importorskip("hf_fp4.backends.hub", reason="needs hf_fp4")
-    path = path_of("triton")
+    path = path_of(kind)
     monkeypatch.setenv("LOCAL_KERNELS", f"{REPO}={path}")
-    assert Path(hub._load(hub.KernelSource()).__file__) == path / "__init__.py"
+    hub._load.cache_clear()
+    assert Path(hub._load(hub.KernelSource(), device).__file__) == path / "__init__.py"
+
+
+def test_a_cpu_takes_its_variant_from_a_build(monkeypatch):
+    """Out of the directory of all variants, as the loader finds them on the Hub."""
+    hub = pytest.importorskip("hf_fp4.backends.hub", reason="needs hf_fp4")
+    path = path_of("cpu")
+    monkeypatch.setenv("LOCAL_KERNELS", f"{REPO}={path.parent}")
+    for cached in (hub._select, hub._load):
+        cached.cache_clear()
+    found = hub.select(hub.KernelSource(), torch.device("cpu"))
+    assert found.backend == "cpu" and Path(found.module.__file__) == path / "__init__.py", found.turned_down
 
 
 def version_of(text):
     return tuple(map(int, text.split(".")))
 
 
-def test_library_needs_no_newer_system_than_manylinux_2_28(library):
+@pytest.mark.parametrize(
+    ("kind", "others"),
+    [("cuda", {"libtorch_cpu.so", "libtorch_cuda.so", "libcudart.so.13"}), ("cpu", {"libtorch_cpu.so"})],
+    ids=["cuda", "cpu"],
+)
+def test_library_needs_no_newer_system_than_manylinux_2_28(kind, others):
     """The limits of the kernel requirements, and no dependency but PyTorch's, CUDA's and the system's."""
-    objdump = tool_or_skip("objdump")
+    objdump, library = tool_or_skip("objdump"), library_of(kind)
     limits = {"GLIBC": "2.28", "GLIBCXX": "3.4.24", "CXXABI": "1.3.11", "GCC": "7.0.0"}
     needed = set(re.findall(r"\((GLIBC|GLIBCXX|CXXABI|GCC)_([\d.]+)\)", objdump("-T", library)))
     assert needed
@@ -175,7 +219,7 @@ def test_library_needs_no_newer_system_than_manylinux_2_28(library):
     assert not too_new
     libraries = re.findall(r"NEEDED\s+(\S+)", objdump("-p", library))
     system = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2"}
-    assert set(libraries) - system == {"libtorch_cpu.so", "libtorch_cuda.so", "libcudart.so.13"}
+    assert set(libraries) - system == others
 
 
 @pytest.fixture(scope="module")

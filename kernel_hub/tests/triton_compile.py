@@ -17,7 +17,7 @@ POINTERS = {
 
 
 def cases(linear, gptq):
-    """(name, kernel, constants, options) as the launches in _triton.py and _gptq.py have them."""
+    """(name, kernel, constants, options) as the launches in _triton.py and _gptq_kernels.py have them."""
     rotation = {"HADAMARD": 128, "BM": 4}
     yield "token_amax", linear.token_amax_kernel, rotation, {}
     for format, rule in ((0, 1), (1, 2)):
@@ -40,7 +40,7 @@ def main(arch: int) -> None:
 
     load_source()
     linear = importlib.import_module(f"{NAME}._triton_kernels")
-    gptq = importlib.import_module(f"{NAME}._gptq")
+    gptq = importlib.import_module(f"{NAME}._gptq_kernels")
     shared = {}
     for name, kernel, constants, options in cases(linear, gptq):
         signature = {

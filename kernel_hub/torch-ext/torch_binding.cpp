@@ -1,4 +1,5 @@
-// Torch bindings on the stable ABI: one binary for every torch from 2.11 on.
+// Torch bindings of the CUDA kernels on the stable ABI: one binary for every torch from 2.11 on.
+#if defined(CUDA_KERNEL)
 #include "torch_binding.h"
 
 #include <cuda_runtime.h>
@@ -356,3 +357,4 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
 }
 
 REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
+#endif

@@ -1,12 +1,13 @@
-"""FP4 (NVFP4 and MXFP4) linear layers on the GPU: rotation, quantization, and matrix products with 4-bit weights.
+"""FP4 (NVFP4 and MXFP4) linear layers: rotation, quantization, and matrix products with 4-bit weights.
 
 A weight is re-laid out once (`prepare_weight`); `linear` then runs any number of tokens. On compute capability 9.0 the
 compiled variant runs CUDA kernels, everywhere else (8.0 and newer) Triton ones, which on 10.x and 12.0 multiply W4A4 on FP4
-tensor cores (not run on Blackwell hardware). `search_scales`, `gptq_solve` and `gptq_descend` choose the block scales and
-codes of a weight by GPTQ, in Triton. `grouped_linear` runs one matrix of all experts of a layer, in Triton on every GPU. See
-the functions for shapes.
+tensor cores (not run on Blackwell hardware). On a CPU the CPU build runs compiled code. `search_scales`, `gptq_solve` and
+`gptq_descend` choose the block scales and codes of a weight by GPTQ. `grouped_linear` runs one matrix of all experts of a
+layer, in Triton on every GPU. See the functions for shapes.
 """
 
+from ._gptq import gptq_descend, gptq_solve, search_scales
 from ._linear import (
     PreparedTokens,
     PreparedWeight,
@@ -41,12 +42,3 @@ __all__ = [
     "rotate_quantize",
     "search_scales",
 ]
-
-
-def __getattr__(name):
-    """The GPTQ functions when they are first asked for: they need Triton, and importing it takes a while."""
-    if name not in ("gptq_descend", "gptq_solve", "search_scales"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import _gptq
-
-    return getattr(_gptq, name)

@@ -1,11 +1,11 @@
-"""The public functions: checks in one place, then what the GPU's backend has for them."""
+"""The public functions: checks in one place, then what the device's backend has for them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from . import _blackwell, _triton
+from . import _blackwell, _cpu, _triton
 from ._cuda import FORMATS, OPERANDS, RULES, TILE_BYTES, is_compiled
 from ._ops import ops
 
@@ -16,7 +16,7 @@ _FP4_TENSOR_CORES = torch.__version__ >= (2, 11)
 
 
 class PreparedWeight(NamedTuple):
-    """A weight as the kernels read it. `packed` has three dimensions for the CUDA kernels, two for all others."""
+    """A weight as the kernels read it. `packed` has two dimensions for the Triton kernels, three for all others."""
 
     packed: torch.Tensor  # uint8
     row_scale: torch.Tensor  # float32 [N], what a row's results are multiplied by
@@ -29,7 +29,7 @@ class PreparedTokens(NamedTuple):
     token_scale: torch.Tensor  # float32 [M], [1] or [0] (none), a multiplier
     shape: tuple[int, ...]  # of the input without its last dimension
     dtype: torch.dtype  # of the results
-    operand: str  # what they are multiplied in: "bf16", "fp16", "e4m3" or "fp4"
+    operand: str  # what they are multiplied in: "bf16", "fp16", "fp32", "e4m3" or "fp4"
     backend: str  # whose they are
     block_scale: torch.Tensor | None = None  # "fp4": float8_e4m3fn [M, K/16] or uint8 [M, K/32]
 
@@ -46,11 +46,21 @@ class _Quantization(NamedTuple):
 
 
 def backend_of(device: torch.device | int | None = None) -> str:
-    """ "cuda", "blackwell" or "triton": what runs on this GPU. RuntimeError if nothing does.
+    """ "cuda", "blackwell" or "triton" on a GPU, "cpu" on a CPU: what runs there. RuntimeError if nothing does.
 
+    "cpu" is the CPU build of the package alone; the environment variable HF_FP4_CPU_ISA may name its instruction set.
     "blackwell" (compute capability 10.x and 12.0) multiplies W4A4 on FP4 tensor cores, not run on such hardware so far; its
     weights, and W4A16, are those of "triton".
     """
+    backend = _backend_on(device)
+    if backend == "cpu":
+        ops.cpu_isa()  # which refuses an HF_FP4_CPU_ISA that this processor has not
+    return backend
+
+
+def _backend_on(device: torch.device | int | None) -> str:
+    if isinstance(device, torch.device) and device.type == "cpu" and _cpu.is_compiled():
+        return "cpu"
     capability = torch.cuda.get_device_capability(device)
     if capability == (9, 0) and is_compiled():
         return "cuda"
@@ -67,8 +77,8 @@ def backend_of(device: torch.device | int | None = None) -> str:
 def _backend_of_weight(packed: torch.Tensor) -> str:
     """By its layout first: a weight in Triton's also runs where the CUDA kernels would have prepared another."""
     if packed.dim() == 3:
-        return "cuda"
-    return "blackwell" if backend_of(packed.device) == "blackwell" else "triton"
+        return "cpu" if packed.shape[2] in _cpu.TILE_BYTES.values() else "cuda"
+    return "blackwell" if _backend_on(packed.device) == "blackwell" else "triton"
 
 
 def _cuda_tokens(x: torch.Tensor, q: _Quantization) -> PreparedTokens:
@@ -134,6 +144,45 @@ def _blackwell_linear(x, q, packed, row_scale, bias):
     return gemm(_blackwell_tokens(x, q), packed, row_scale, bias)
 
 
+def _cpu_input(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def _cpu_rotate_quantize(x, global_scale, format, hadamard, rule):
+    return ops.cpu_rotate_quantize(_cpu_input(x), global_scale, format, hadamard, rule)
+
+
+def _cpu_fake_quantize(x, global_scale, format, quantize, hadamard, rule):
+    values, multiplier = ops.cpu_prepare_activation(
+        _cpu_input(x), global_scale, format, quantize, hadamard, rule
+    )
+    return values[:, : x.shape[-1]].to(torch.bfloat16 if quantize else x.dtype).contiguous(), multiplier
+
+
+def _cpu_tokens(x: torch.Tensor, q: _Quantization) -> PreparedTokens:
+    tokens, token_scale = ops.cpu_prepare_activation(
+        _cpu_input(x), q.global_scale, q.format, q.quantize, q.hadamard, q.rule
+    )
+    operand = "bf16" if tokens.dtype == torch.bfloat16 else "fp32"
+    return PreparedTokens(tokens, token_scale, tuple(x.shape[:-1]), x.dtype, operand, "cpu")
+
+
+def _cpu_gemm(prepared, packed, row_scale, bias):
+    bias = None if bias is None else _cpu_input(bias)
+    y = ops.cpu_gemm(
+        prepared.tokens, prepared.token_scale, packed, row_scale, bias, prepared.dtype == torch.bfloat16
+    )
+    return y.to(prepared.dtype)
+
+
+def _cpu_linear(x, q, packed, row_scale, bias):
+    y = ops.cpu_linear(
+        _cpu_input(x), packed, row_scale, None if bias is None else _cpu_input(bias), q.global_scale, q.quantize,
+        q.hadamard, q.rule,
+    )  # fmt: skip
+    return y.to(x.dtype)
+
+
 class _Backend(NamedTuple):
     """What a backend does once the arguments are checked."""
 
@@ -167,6 +216,14 @@ _BACKENDS = {
     "blackwell": _TRITON._replace(
         prepare_activation=_blackwell_tokens, gemm=_blackwell_gemm, linear=_blackwell_linear
     ),
+    "cpu": _Backend(
+        lambda *arguments: ops.cpu_prepare_weight(*arguments),
+        _cpu_rotate_quantize,
+        _cpu_fake_quantize,
+        _cpu_tokens,
+        _cpu_gemm,
+        _cpu_linear,
+    ),
 }
 
 
@@ -180,7 +237,7 @@ def _format_of_scale(weight_scale: torch.Tensor) -> str:
 
 def _format_of_packed(packed: torch.Tensor, in_features: int) -> str:
     if packed.dim() == 3:
-        return "nvfp4" if packed.shape[2] == TILE_BYTES["nvfp4"] else "mxfp4"
+        return "nvfp4" if packed.shape[2] in (TILE_BYTES["nvfp4"], _cpu.TILE_BYTES["nvfp4"]) else "mxfp4"
     return "nvfp4" if packed.shape[1] == in_features // 2 + in_features // 16 else "mxfp4"
 
 
@@ -192,8 +249,8 @@ def _check_rule(format: str, rule: str) -> None:
 
 
 def _check_activation(x: torch.Tensor, format: str, hadamard: int | None) -> None:
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"x must be bfloat16 or float16, got {x.dtype}")
+    if x.dtype not in (torch.bfloat16, torch.float16) and (x.dtype, x.device.type) != (torch.float32, "cpu"):
+        raise ValueError(f"x must be bfloat16 or float16, or float32 on a CPU, got {x.dtype} on {x.device}")
     k = x.shape[-1]
     if k % _GROUPS[format]:
         raise ValueError(f"in_features must be a multiple of {_GROUPS[format]} for {format}, got {k}")
@@ -206,7 +263,7 @@ def _check_activation(x: torch.Tensor, format: str, hadamard: int | None) -> Non
 def prepare_weight(
     weight: torch.Tensor, weight_scale: torch.Tensor, weight_global_scale: torch.Tensor | None = None
 ) -> PreparedWeight:
-    """Re-lays out a stored weight for the kernels of its GPU. Once at load.
+    """Re-lays out a stored weight for the kernels of its device. Once at load.
 
     weight: uint8 [N, K/2], low nibble = even k; N a multiple of 16.
     weight_scale: float8_e4m3fn [N, K/16] (nvfp4, not negative, finite) or uint8 E8M0 [N, K/32] (mxfp4).
@@ -220,7 +277,7 @@ def prepare_weight(
         )
     if format == "nvfp4" and weight_global_scale is None:
         raise ValueError("nvfp4 weights need weight_global_scale, got None")
-    backend = _BACKENDS[backend_of(weight.device)]
+    backend = _BACKENDS[_backend_on(weight.device)]
     return PreparedWeight(
         *backend.prepare_weight(weight.contiguous(), weight_scale.contiguous(), weight_global_scale)
     )
@@ -230,6 +287,8 @@ def restore_weight(
     packed: torch.Tensor, row_scale: torch.Tensor, out_features: int, in_features: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of `prepare_weight`: the stored `weight` and `weight_scale`, byte for byte."""
+    if packed.dim() == 3 and packed.shape[2] in _cpu.TILE_BYTES.values():
+        return ops.cpu_restore_weight(packed, out_features, in_features)
     if packed.dim() == 3:
         return ops.restore_weight(packed, row_scale, out_features, in_features)
     return _triton.restore_weight(packed, in_features, _format_of_packed(packed, in_features))
@@ -256,11 +315,11 @@ def rotate_quantize(
     """Rotates and quantizes tokens to plain bytes: codes uint8 [M, K/2] (low nibble = even k), block scales
     float8_e4m3fn [M, K/16] or uint8 [M, K/32], and a multiplier float32 [1] or [M]: value = code * scale * multiplier.
 
-    x: bf16 or fp16 [..., K]. input_global_scale: float32 [1], divisor (nvfp4); None: per token.
+    x: bf16, fp16 or (on a CPU) fp32 [..., K]. input_global_scale: float32 [1], divisor (nvfp4); None: per token.
     """
     _check_rule(format, rule)
     _check_activation(x, format, hadamard)
-    return _BACKENDS[backend_of(x.device)].rotate_quantize(
+    return _BACKENDS[_backend_on(x.device)].rotate_quantize(
         x.contiguous(), input_global_scale, FORMATS[format], hadamard or 0, RULES[rule]
     )
 
@@ -280,7 +339,9 @@ def _quantization(
     if activations not in ("fp4", "bf16"):
         raise ValueError(f"activations must be 'fp4' or 'bf16', got {activations!r}")
     quantize = activations == "fp4"
-    if not quantize:
+    if x.dtype == torch.float32:
+        operand = "fp32"
+    elif not quantize:
         operand = "bf16" if x.dtype == torch.bfloat16 else "fp16"
     else:
         operand = "e4m3" if format == "mxfp4" and fp8 else "bf16"
@@ -299,11 +360,11 @@ def prepare_activation(
 ) -> PreparedTokens:
     """Rotates (and for "fp4" quantizes) tokens once, for several linears with the same input: see `gemm`.
 
-    x: bf16 or fp16 [..., K]. activations: "fp4" or "bf16" (weight-only; the 16-bit dtype of x).
+    x: bf16, fp16 or (on a CPU) fp32 [..., K]. activations: "fp4" or "bf16" (weight-only; the dtype of x).
     fp8: for mxfp4 W4A4, multiply in E4M3; the weight must be `fp8_exact`.
     """
     q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8)
-    return _BACKENDS[backend_of(x.device)].prepare_activation(x.contiguous(), q)
+    return _BACKENDS[_backend_on(x.device)].prepare_activation(x.contiguous(), q)
 
 
 def fake_quantize(
@@ -321,7 +382,7 @@ def fake_quantize(
     per token. For "bf16" the rotated values in the dtype of x, and an empty multiplier. Arguments: as `prepare_activation`.
     """
     q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8=False)
-    values, multiplier = _BACKENDS[backend_of(x.device)].fake_quantize(
+    values, multiplier = _BACKENDS[_backend_on(x.device)].fake_quantize(
         x.contiguous(), q.global_scale, q.format, q.quantize, q.hadamard, q.rule
     )
     return values.view(x.shape), multiplier
@@ -349,7 +410,7 @@ def linear(
 ) -> torch.Tensor:
     """y = quantize(rotate(x)) x weight^T + bias, [..., N] in the dtype of x, FP32 accumulation.
 
-    x: bf16 or fp16 [..., K]; packed, row_scale: from `prepare_weight`; bias: [N] in the dtype of x.
+    x: bf16, fp16 or (on a CPU) fp32 [..., K]; packed, row_scale: from `prepare_weight`; bias: [N] in the dtype of x.
     activations: "fp4" (W4A4) or "bf16" (W4A16). hadamard: None, 16, 32, 64 or 128.
     rule: "absmax", "four_over_six" (nvfp4) or "mse" (mxfp4).
     input_global_scale: float32 [1], divisor, nvfp4 W4A4; None: per token.

@@ -1,23 +1,31 @@
-"""Every op on the GPU against reference.py: results, independence of rows, repeatability, graphs, streams, compile."""
+"""Every op against reference.py: results, independence of rows, repeatability, graphs, streams, compile."""
 
 import pytest
 import reference as ref
 import torch
+from conftest import device_of
 from problems import DIVISIONS, FLOORS, MODES, SHAPES, Mode, Shape, variants
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def device(kernels):
+    """Tensors are made where the kernels run."""
+    with torch.device(device_of(kernels)) as device:
+        yield device
 
 
 def make(shape, mode, seed=0, x=None):
     torch.manual_seed(seed + shape.m * 7 + shape.k)
     dtype = getattr(torch, mode.dtype)
     if x is None:
-        x = torch.randn(shape.m, shape.k, device="cuda") * torch.rand(shape.m, 1, device="cuda").mul(3).exp2()
+        x = torch.randn(shape.m, shape.k) * torch.rand(shape.m, 1).mul(3).exp2()
     x = x.to(dtype)
-    weight = ref.random_weight(shape.n, shape.k, mode.format, "cuda")
-    bias = torch.randn(shape.n, device="cuda", dtype=dtype)
+    weight = ref.random_weight(shape.n, shape.k, mode.format)
+    bias = torch.randn(shape.n, dtype=dtype)
     static = mode.format == "nvfp4" and mode.activations == "fp4" and mode.static
-    g = torch.tensor([64.0], device="cuda") if static else None
+    g = torch.tensor([64.0]) if static else None
     return x, weight, bias, g
 
 
@@ -60,7 +68,7 @@ def test_linear(kernels, shape, mode):
 def test_all_positive(kernels, mode, m):
     """Nothing cancels: a short accumulator would lose the small addends."""
     shape = Shape(m, 128, 14336)
-    x, weight, _, g = make(shape, mode, x=torch.rand(m, 14336, device="cuda") + 0.5)
+    x, weight, _, g = make(shape, mode, x=torch.rand(m, 14336) + 0.5)
     weight = (weight[0] & 0x77, *weight[1:])
     if mode.hadamard is not None:  # undo the rotation, so that rotated tokens are all positive
         x = ref.rotate(x, mode.hadamard).to(x.dtype)
@@ -74,16 +82,16 @@ def test_extreme_scales(kernels, mode, exponent):
     x, weight, _, g = make(shape, mode)
     if mode.dtype == "float16" and abs(exponent) > 6:
         pytest.skip("outside float16")
-    x = (torch.randn(17, 512, device="cuda") * 2.0**exponent).to(x.dtype)
+    x = (torch.randn(17, 512) * 2.0**exponent).to(x.dtype)
     if g is not None:
-        g = torch.tensor([2.0 ** (6 - exponent)], device="cuda")
+        g = torch.tensor([2.0 ** (6 - exponent)])
     if mode.format == "mxfp4":
-        scales = torch.randint(100, 112, (80, 16), dtype=torch.uint8, device="cuda")
+        scales = torch.randint(100, 112, (80, 16), dtype=torch.uint8)
         scales[::3, ::2] = 0
         weight = (weight[0], scales, None)
     else:
-        scales = torch.randint(0, 0x7F, (80, 32), dtype=torch.uint8, device="cuda")
-        weight = (weight[0], scales.view(torch.float8_e4m3fn), torch.tensor([1e5], device="cuda"))
+        scales = torch.randint(0, 0x7F, (80, 32), dtype=torch.uint8)
+        weight = (weight[0], scales.view(torch.float8_e4m3fn), torch.tensor([1e5]))
     check(call(kernels, x, kernels.prepare_weight(*weight), None, mode, g), x, weight, None, mode, g)
 
 
@@ -114,13 +122,11 @@ def test_rows_are_independent(kernels, mode, m):
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("n, k", [(16, 32), (80, 96), (64, 64), (1040, 1184), (256, 4096)])
 def test_restore_gives_the_stored_bytes(kernels, format, n, k):
-    weight, scale, global_scale = ref.random_weight(n, k, format, "cuda")
+    weight, scale, global_scale = ref.random_weight(n, k, format)
     if format == "nvfp4":  # every E4M3 byte that is not negative and not NaN
-        scale = torch.randint(0, 0x7F, scale.shape, dtype=torch.uint8, device="cuda").view(
-            torch.float8_e4m3fn
-        )
+        scale = torch.randint(0, 0x7F, scale.shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
     else:
-        scale = torch.randint(1, 250, scale.shape, dtype=torch.uint8, device="cuda")
+        scale = torch.randint(1, 250, scale.shape, dtype=torch.uint8)
     prepared = kernels.prepare_weight(weight, scale, global_scale)
     w, s = kernels.restore_weight(*prepared, n, k)
     assert torch.equal(w, weight)
@@ -134,8 +140,8 @@ def test_restore_gives_the_stored_bytes(kernels, format, n, k):
 @pytest.mark.parametrize("static", [True, False])
 def test_rotate_quantize(kernels, hadamard, format, rule, static):
     torch.manual_seed(0)
-    x = torch.randn(37, 1152, device="cuda", dtype=torch.bfloat16)
-    g = torch.tensor([128.0], device="cuda") if static and format == "nvfp4" else None
+    x = torch.randn(37, 1152, dtype=torch.bfloat16)
+    g = torch.tensor([128.0]) if static and format == "nvfp4" else None
     codes, scales, token_scale = kernels.rotate_quantize(
         x, format=format, hadamard=hadamard, rule=rule, input_global_scale=g
     )
@@ -176,9 +182,9 @@ def check_fake_quantize(kernels, x, mode, g):
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
 def test_fake_quantize(kernels, mode):
     torch.manual_seed(0)
-    x = torch.randn(37, 1152, device="cuda").to(getattr(torch, mode.dtype))
+    x = torch.randn(37, 1152).to(getattr(torch, mode.dtype))
     static = mode.format == "nvfp4" and mode.activations == "fp4" and mode.static
-    check_fake_quantize(kernels, x, mode, torch.tensor([128.0], device="cuda") if static else None)
+    check_fake_quantize(kernels, x, mode, torch.tensor([128.0]) if static else None)
 
 
 def test_ties_round_to_even(kernels):
@@ -186,9 +192,9 @@ def test_ties_round_to_even(kernels):
         [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.2495, 0.2505, 5.01, 4.99, 0.0, -0.25, -1.75, -6.0]
     )
     want = torch.tensor([0, 2, 2, 4, 4, 6, 6, 7, 0, 1, 7, 6, 0, 8, 12, 15])
-    x = ties.to(torch.float16).repeat(4).view(1, 64).cuda()
+    x = ties.to(torch.float16).repeat(4).view(1, 64)
     for format in ("nvfp4", "mxfp4"):
-        g = torch.ones(1, device="cuda") if format == "nvfp4" else None
+        g = torch.ones(1) if format == "nvfp4" else None
         codes, _, _ = kernels.rotate_quantize(x, format=format, input_global_scale=g)
         assert torch.equal(ref.unpack(codes).cpu().view(4, 16).long(), want.expand(4, -1))
 
@@ -242,7 +248,7 @@ def failures(run, tokens, others, exact, limit, splits):
 def test_every_variant_gives_the_result(kernels, format, dtype, m, n, k):
     """Every variant and division of the work, also those that are not chosen for this shape: right, the same bits twice,
     and a token's bits do not depend on the other tokens."""
-    if kernels.backend_of() != "cuda":
+    if kernels.backend_of(torch.get_default_device()) != "cuda":
         pytest.skip("CUDA kernels only")
     mode = Mode(format, "bf16", None, dtype=dtype)
     x, weight, bias, g = make(Shape(m, n, k), mode)
@@ -280,7 +286,7 @@ def test_every_variant_gives_the_result(kernels, format, dtype, m, n, k):
 )
 def test_every_division_in_e4m3(kernels, dtype, m, n, k):
     """As above, for tokens and weights in E4M3, also where another route is chosen for so many tokens."""
-    if kernels.backend_of() != "cuda":
+    if kernels.backend_of(torch.get_default_device()) != "cuda":
         pytest.skip("CUDA kernels only")
     mode = Mode("mxfp4", "fp4", 32, dtype=dtype)
     x, weight, bias, g = make(Shape(m, n, k), mode)
@@ -306,7 +312,7 @@ def test_every_division_in_e4m3(kernels, dtype, m, n, k):
 @pytest.mark.parametrize("m, n, k", [(1, 272, 1152), (2, 4096, 14336), (2, 17024, 128), (1, 6144, 384)])
 def test_fused_equals_two_kernels(kernels, mode, m, n, k):
     """One or two tokens are rotated and quantized inside the product: the same bits as by the kernel for it."""
-    if kernels.backend_of() != "cuda":
+    if kernels.backend_of(torch.get_default_device()) != "cuda":
         pytest.skip("CUDA kernels only")
     x, weight, bias, g = make(Shape(m, n, k), mode)
     prepared = kernels.prepare_weight(*weight)
@@ -318,7 +324,7 @@ def test_fused_equals_two_kernels(kernels, mode, m, n, k):
 
 
 def test_impossible_divisions_are_refused(kernels):
-    if kernels.backend_of() != "cuda":
+    if kernels.backend_of(torch.get_default_device()) != "cuda":
         pytest.skip("CUDA kernels only")
     x, weight, bias, _ = make(Shape(40, 256, 512), Mode("nvfp4", "bf16", None))
     prepared = kernels.prepare_weight(*weight)
@@ -341,6 +347,8 @@ def test_shared_activation_equals_linear(kernels):
 @pytest.mark.parametrize("mode", [MODES[2], MODES[8], MODES[0]], ids=lambda m: m.id)
 @pytest.mark.parametrize("m", [1, 16, 20, 64, 200])
 def test_graph_and_streams(kernels, mode, m):
+    if device_of(kernels) == "cpu":
+        pytest.skip("needs a GPU")
     x, weight, bias, g = make(Shape(m, 512, 1024), mode)
     prepared = kernels.prepare_weight(*weight)
     y = call(kernels, x, prepared, bias, mode, g)
@@ -372,8 +380,8 @@ def test_compile_fullgraph(kernels, mode):
 
 
 def test_errors_say_what_to_do(kernels):
-    x = torch.randn(2, 64, device="cuda", dtype=torch.bfloat16)
-    weight = ref.random_weight(64, 64, "nvfp4", "cuda")
+    x = torch.randn(2, 64, dtype=torch.bfloat16)
+    weight = ref.random_weight(64, 64, "nvfp4")
     with pytest.raises(ValueError, match="nvfp4 weights need weight_global_scale"):
         kernels.prepare_weight(*weight[:2])
     with pytest.raises(ValueError, match="must be one of .* for nvfp4"):
@@ -383,7 +391,7 @@ def test_errors_say_what_to_do(kernels):
 
 
 def test_fp8_exact_finds_far_blocks(kernels):
-    weight, scale, _ = ref.random_weight(64, 256, "mxfp4", "cuda")
+    weight, scale, _ = ref.random_weight(64, 256, "mxfp4")
     assert kernels.fp8_exact(weight, scale)
     scale[5, 3] = 118 - 15
     scale[5, 0] = 118

@@ -1,0 +1,47 @@
+// The choice of the instruction set, at run time.
+#include "kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace fp4_cpu {
+namespace {
+
+struct Choice {
+  const Kernels* kernels[4];  // the best first
+  int count;
+  char names[64];
+};
+
+Choice choices() {
+  Choice found = {};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.kernels[found.count++] = &kAvx512Bf16;
+  if (avx512) found.kernels[found.count++] = &kAvx512;
+  if (avx2) found.kernels[found.count++] = &kAvx2;
+#endif
+  found.kernels[found.count++] = &kPortable;
+  for (int i = 0; i < found.count; ++i) {
+    if (i != 0) std::strcat(found.names, ", ");
+    std::strcat(found.names, found.kernels[i]->name);
+  }
+  return found;
+}
+
+}  // namespace
+
+const Kernels* find_kernels(const char** possible) {
+  static const Choice found = choices();
+  *possible = found.names;
+  const char* wanted = std::getenv("HF_FP4_CPU_ISA");
+  if (wanted == nullptr || *wanted == 0) return found.kernels[0];
+  for (int i = 0; i < found.count; ++i)
+    if (std::strcmp(wanted, found.kernels[i]->name) == 0) return found.kernels[i];
+  return nullptr;
+}
+
+}  // namespace fp4_cpu

@@ -1,0 +1,206 @@
+// Products of tokens with a prepared weight. Included inside an instruction set's namespace, which defines load_e4m3,
+// decode_e2m1, isa_multiply_add, kDirectTokens, kPanelTokens and kPanelBlocks, and chooses the operands: what tokens are
+// multiplied in.
+//
+// Both kinds have: Number, a token's type in memory; kSteps, how many products take the 8 k of a word; place(step), the first
+// k of a step; and multiply_add(weights, x, sum), which reads a step's numbers of one token.
+//   Direct, for a few tokens: Sum, what 16 rows add up to; sums<kGroup, kCount>(words, x, k, sum), the products of a group
+//     with kCount tokens that are k apart; scaled(sum, scale, total), total + sum * scale; rows(total).
+//   Panel, for many: scaled(words, step, scale), values times block scales.
+
+constexpr int64_t kPanelTiles = 2, kChunkTokens = 256;
+
+struct Words {
+  Ints part[kParts];
+};
+
+// What a row's sums must still be multiplied by: load_e4m3 gives 2^-8 of a scale.
+constexpr float scale_factor(Format format) { return format == kNvfp4 ? 256.0f : 1.0f; }
+
+INLINE Ints exponents(Floats row_scale) { return (bits(row_scale) >> 23) & 0xff; }
+
+// A group's scales of 16 rows; mxfp4: over the row's largest, which row_scale holds.
+template <Format kFormat>
+INLINE Rows load_scales(const uint8_t* bytes, const float* row_scale) {
+  if (kFormat == kNvfp4) return load_e4m3(bytes);
+  Ints byte[kParts];
+  load_bytes(bytes, byte);
+  Rows scale;
+  EACH_PART {
+    const Ints exponent = byte[p] - exponents(load<Floats>(row_scale + p * kWidth)) + 127;
+    scale.part[p] = as_floats((exponent > 0 ? exponent : Ints{}) << 23);
+  }
+  return scale;
+}
+
+INLINE void finish(const Product& p, int64_t block, int64_t token, const float* sums) {
+  const float scale = scale_factor(p.format) * (p.token_scale == nullptr ? 1.0f : p.token_scale[token * p.token_scale_stride]);
+  const int64_t first = block * kRows;
+  for (int64_t r = 0; r < kRows; ++r) {
+    float y = sums[r] * (p.row_scale[first + r] * scale);
+    if (p.bias != nullptr) y += load_number(p.bias, p.out_is_bf16, first + r);
+    store_number(p.out, p.out_is_bf16, token * p.n + first + r, y);
+  }
+}
+
+// A few tokens: every weight is decoded in registers, and the sum of a group multiplied by its scale.
+template <class Direct, Format kFormat, int kCount>
+INLINE void direct(const Product& p, int64_t block, int64_t token) {
+  constexpr int64_t group = group_of(kFormat);
+  const int64_t k = p.k_tiles * kTile;
+  const auto* x = static_cast<const typename Direct::Number*>(p.tokens) + token * k;
+  const uint8_t* tile = p.packed + block * p.k_tiles * tile_bytes(kFormat);
+  typename Direct::Sum total[kCount] = {};
+  for (int64_t i = 0; i < p.k_tiles; ++i, tile += tile_bytes(kFormat), x += kTile) {
+#pragma GCC unroll 4
+    for (int64_t first = 0; first < kTile; first += group) {
+      typename Direct::Sum sum[kCount] = {};
+      Direct::template sums<group, kCount>(tile + first * 8, x + first, k, sum);
+      const Rows scale = load_scales<kFormat>(tile + kCodeBytes + first / group * kRows, p.row_scale + block * kRows);
+#pragma GCC unroll 8
+      for (int t = 0; t < kCount; ++t) total[t] = Direct::scaled(sum[t], scale, total[t]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kCount; ++t) {
+    float sums[kRows];
+    store(sums, Direct::rows(total[t]));
+    finish(p, block, token + t, sums);
+  }
+}
+
+// Many tokens: tiles of up to kPanelBlocks x 16 rows are decoded and scaled into a panel, which all tokens of a chunk use.
+constexpr int64_t kPanelRows = kPanelBlocks * kRows;
+
+template <class Operand, Format kFormat>
+INLINE void decode_panel(const Product& p, int64_t block, int64_t blocks, int64_t tile, int64_t tiles, Rows* panel) {
+  constexpr int64_t group = group_of(kFormat);
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t i = 0; i < tiles; ++i) {
+      const uint8_t* from = p.packed + ((block + b) * p.k_tiles + tile + i) * tile_bytes(kFormat);
+      for (int64_t first = 0; first < kTile; first += group) {
+        const Rows scale =
+            load_scales<kFormat>(from + kCodeBytes + first / group * kRows, p.row_scale + (block + b) * kRows);
+        for (int64_t k8 = first; k8 < first + group; k8 += 8) {
+          const Words words = load<Words>(from + k8 * 8);
+#pragma GCC unroll 8
+          for (int step = 0; step < Operand::kSteps; ++step)
+            panel[((i * kTile + k8) / 8 * Operand::kSteps + step) * kPanelBlocks + b] = Operand::scaled(words, step, scale);
+        }
+      }
+    }
+  }
+}
+
+template <class Operand, int kCount>
+INLINE void add_panel(const Rows* panel, int64_t k_count, const typename Operand::Number* x, int64_t k, float* sums) {
+  Rows sum[kCount][kPanelBlocks];
+#pragma GCC unroll 8
+  for (int t = 0; t < kCount; ++t)
+#pragma GCC unroll 2
+    for (int b = 0; b < kPanelBlocks; ++b) sum[t][b] = load<Rows>(sums + t * kPanelRows + b * kRows);
+  for (int64_t k8 = 0; k8 < k_count; k8 += 8) {
+#pragma GCC unroll 8
+    for (int step = 0; step < Operand::kSteps; ++step, panel += kPanelBlocks) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kCount; ++t)
+#pragma GCC unroll 2
+        for (int b = 0; b < kPanelBlocks; ++b)
+          sum[t][b] = Operand::multiply_add(panel[b], x + t * k + k8 + Operand::place(step), sum[t][b]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kCount; ++t)
+#pragma GCC unroll 2
+    for (int b = 0; b < kPanelBlocks; ++b) store(sums + t * kPanelRows + b * kRows, sum[t][b]);
+}
+
+template <class Operand, Format kFormat>
+static void panels(const Product& p, int64_t block, int64_t blocks, int64_t first, int64_t count) {
+  alignas(64) float sums[kChunkTokens * kPanelRows];
+  alignas(64) Rows panel[kPanelTiles * kTile / 8 * Operand::kSteps * kPanelBlocks] = {};
+  __builtin_memset(sums, 0, count * kPanelRows * sizeof(float));
+  const int64_t k = p.k_tiles * kTile;
+  for (int64_t tile = 0; tile < p.k_tiles; tile += kPanelTiles) {
+    const int64_t tiles = p.k_tiles - tile < kPanelTiles ? p.k_tiles - tile : kPanelTiles;
+    decode_panel<Operand, kFormat>(p, block, blocks, tile, tiles, panel);
+    const auto* x = static_cast<const typename Operand::Number*>(p.tokens) + first * k + tile * kTile;
+    int64_t t = 0;
+    for (; t + kPanelTokens <= count; t += kPanelTokens) add_panel<Operand, kPanelTokens>(panel, tiles * kTile, x + t * k, k, sums + t * kPanelRows);
+    for (; t < count; ++t) add_panel<Operand, 1>(panel, tiles * kTile, x + t * k, k, sums + t * kPanelRows);
+  }
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t b = 0; b < blocks; ++b) finish(p, block + b, first + t, sums + t * kPanelRows + b * kRows);
+}
+
+// The tokens from `token` on, as many at a time as go.
+template <class Direct, Format kFormat, int kCount>
+INLINE void direct_from(const Product& p, int64_t block, int64_t token) {
+  for (; token + kCount <= p.m; token += kCount) direct<Direct, kFormat, kCount>(p, block, token);
+  if constexpr (kCount > 1) direct_from<Direct, kFormat, kCount / 2>(p, block, token);
+}
+
+template <class Direct, class Panel, Format kFormat>
+static void product_of(const Product& p, int64_t begin, int64_t end) {
+  if (p.m <= kDirectTokens) {
+    for (int64_t block = begin; block < end; ++block) direct_from<Direct, kFormat, Direct::kTokens>(p, block, 0);
+    return;
+  }
+  for (int64_t first = 0; first < p.m; first += kChunkTokens)
+    for (int64_t block = begin; block < end; block += kPanelBlocks)
+      panels<Panel, kFormat>(p, block, end - block < kPanelBlocks ? end - block : kPanelBlocks, first,
+                             p.m - first < kChunkTokens ? p.m - first : kChunkTokens);
+}
+
+template <class Direct, class Panel>
+static void product(const Product& p, int64_t begin, int64_t end) {
+  if (p.format == kNvfp4) product_of<Direct, Panel, kNvfp4>(p, begin, end);
+  else product_of<Direct, Panel, kMxfp4>(p, begin, end);
+}
+
+// Direct for an operand whose weights(words, step) has one row in each place.
+template <class Operand, int kMostTokens>
+struct RowByRow : Operand {
+  typedef Rows Sum;
+  static constexpr int kTokens = kMostTokens;
+  template <int64_t kGroup, int kCount>
+  static INLINE void sums(const uint8_t* from, const typename Operand::Number* x, int64_t k, Rows* sum) {
+#pragma GCC unroll 4
+    for (int64_t k8 = 0; k8 < kGroup; k8 += 8) {
+      const Words words = load<Words>(from + k8 * 8);
+#pragma GCC unroll 8
+      for (int step = 0; step < Operand::kSteps; ++step) {
+        const Rows weights = Operand::weights(words, step);
+#pragma GCC unroll 8
+        for (int t = 0; t < kCount; ++t) sum[t] = Operand::multiply_add(weights, x + t * k + k8 + Operand::place(step), sum[t]);
+      }
+    }
+  }
+  static INLINE Rows scaled(const Rows& sum, const Rows& scale, Rows total) {
+    EACH_PART total.part[p] = isa_multiply_add(sum.part[p], scale.part[p], total.part[p]);
+    return total;
+  }
+  static INLINE Rows rows(const Rows& total) { return total; }
+};
+
+// Tokens in float: nibble i of a word is k = 2 i, or for the upper four 2 i - 7.
+struct FloatOperand {
+  typedef float Number;
+  static constexpr int kSteps = 8;
+  static constexpr int64_t place(int step) { return step < 4 ? 2 * step : 2 * step - 7; }
+  static INLINE Rows weights(const Words& words, int step) {
+    Rows values;
+    EACH_PART values.part[p] = decode_e2m1(words.part[p], 4 * step);
+    return values;
+  }
+  static INLINE Rows scaled(const Words& words, int step, const Rows& scale) {
+    Rows values = weights(words, step);
+    EACH_PART values.part[p] *= scale.part[p];
+    return values;
+  }
+  static INLINE Rows multiply_add(const Rows& weights, const float* x, Rows sum) {
+    const Floats number = all(*x);
+    EACH_PART sum.part[p] = isa_multiply_add(weights.part[p], number, sum.part[p]);
+    return sum;
+  }
+};

@@ -1,0 +1,94 @@
+// Vectors of the instruction set at hand. Included inside its namespace, after the target is set and kWidth, the number of
+// floats in a register, is defined. Sums of products are written out as multiply_add, and nothing else is contracted, so
+// that every instruction set quantizes tokens to the same bits.
+
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+
+constexpr int kParts = kRows / kWidth;
+
+// One number for each of 16 rows.
+struct Rows {
+  Floats part[kParts];
+};
+
+#define EACH_PART _Pragma("GCC unroll 8") for (int p = 0; p < kParts; ++p)
+#define INLINE inline __attribute__((always_inline))
+
+template <class T>
+INLINE T load(const void* from) {
+  T value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class T>
+INLINE void store(void* to, T value) {
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+INLINE Floats all(float value) { return value - Floats{}; }
+INLINE Ints bits(Floats x) { return (Ints)x; }
+INLINE Floats as_floats(Ints x) { return (Floats)x; }
+INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+INLINE Floats absolute(Floats x) { return as_floats(bits(x) & 0x7fffffff); }
+
+INLINE uint32_t bits(float x) { return load<uint32_t>(&x); }
+INLINE float as_float(uint32_t x) { return load<float>(&x); }
+
+// To the nearest E2M1 value, ties to even; NaN stays, zero has no sign. In [2^22, 2^23) a float has no bits below 0.5, the
+// grid's spacing under 2; above, the spacing doubles with the power of two that the magnitude reaches.
+INLINE Floats round_e2m1(Floats x) {
+  x = x > 6.0f ? all(6.0f) : x;
+  x = x < -6.0f ? all(-6.0f) : x;
+  Floats octave = as_floats(bits(x) & 0x7f800000);
+  octave = octave < 1.0f ? all(1.0f) : octave;
+  const Floats shift = octave * (1.5f * 4194304.0f);
+  return (x + shift) - shift;
+}
+
+// E4M3 bytes without sign, exactly and without denormal floats: the bits below 2^-6 count units of 2^-9.
+INLINE Floats decode_e4m3(Ints byte) {
+  const Floats normal = as_floats((byte << 20) + (120 << 23));
+  return byte < 8 ? __builtin_convertvector(byte, Floats) * 0x1p-9f : normal;
+}
+
+INLINE float decode_e4m3(int byte) {
+  return byte < 8 ? static_cast<float>(byte) * 0x1p-9f : as_float((static_cast<uint32_t>(byte) << 20) + (120u << 23));
+}
+
+// Nearest E4M3 byte of a positive number, ties to even, saturating, never zero.
+INLINE int encode_e4m3(float x) {
+  x = x > 0x1p-9f ? x : 0x1p-9f;
+  x = x < 448.0f ? x : 448.0f;
+  if (x < 0x1p-6f) return static_cast<int>((x * 512.0f + 8388608.0f) - 8388608.0f);
+  const uint32_t u = bits(x);
+  return static_cast<int>((u + 0x7ffff + ((u >> 20) & 1)) >> 20) - (120 << 3);
+}
+
+// 2^(byte - 127); what a byte of 0 stands for is a denormal float.
+INLINE Floats decode_e8m0(Ints byte) { return as_floats(byte == 0 ? Ints{} + 0x400000 : byte << 23); }
+INLINE float decode_e8m0(int byte) { return as_float(byte == 0 ? 0x400000u : static_cast<uint32_t>(byte) << 23); }
+
+INLINE float from_bf16(uint16_t x) { return as_float(static_cast<uint32_t>(x) << 16); }
+
+INLINE uint16_t to_bf16(float x) {
+  const uint32_t u = bits(x);
+  if ((u & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((u >> 16) | 0x40);
+  return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+INLINE float load_number(const void* from, bool is_bf16, int64_t i) {
+  return is_bf16 ? from_bf16(static_cast<const uint16_t*>(from)[i]) : static_cast<const float*>(from)[i];
+}
+
+INLINE void store_number(void* to, bool is_bf16, int64_t i, float x) {
+  if (is_bf16) static_cast<uint16_t*>(to)[i] = to_bf16(x);
+  else static_cast<float*>(to)[i] = x;
+}
+
+// 16 bytes as 16 integers.
+INLINE void load_bytes(const uint8_t* from, Ints (&to)[kParts]) {
+  typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
+  EACH_PART to[p] = __builtin_convertvector(load<Bytes>(from + p * kWidth), Ints);
+}
