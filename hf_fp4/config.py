@@ -58,7 +58,8 @@ class MRGPTQConfig(QuantizationConfigMixin):
             for a model in CPU memory on the GPU if there is one.
         seed: which part of the dataset is used.
         modules_to_not_convert: names of modules that stay as they are, beside the output head, embeddings and routers.
-        work_dir: a directory that keeps each finished block, so that a killed run resumes; ``None``: nothing is kept.
+        work_dir: a directory that keeps each finished block, so that a killed run resumes, and one that streams the model from
+            the disk need not hold it; ``None``: nothing is kept.
         kernel_repo, kernel_version: the repository on the Hugging Face kernels hub that GPU kernels are loaded from, and the
             version of its API. They are not saved: pass them again when you load a checkpoint. ``LOCAL_KERNELS`` works as
             for every kernel.

@@ -198,6 +198,24 @@ def test_big_model(tiny, tmp_path):
         assert same == 1 if ".layers.1." not in name else same > 0.97, name
 
 
+def test_big_model_on_the_disk(tiny, tmp_path):
+    """It takes over the blocks that it made in memory, and makes the same."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "out"
+    arguments = ("big_model.py", tiny, tmp_path / "text.txt", out, *SMALL)
+    run_example(*arguments)
+    in_memory = weights(out / "model")
+    first, last = sorted((out / "blocks").glob("block-*.safetensors"))
+    when = first.stat().st_mtime_ns
+    last.unlink()
+    shutil.rmtree(out / "model")
+    run_example(*arguments, "--streaming")
+    assert first.stat().st_mtime_ns == when and last.exists()
+    on_disk = weights(out / "model")
+    assert on_disk.keys() == in_memory.keys()
+    assert all(torch.equal(on_disk[name], tensor) for name, tensor in in_memory.items())
+
+
 def test_held_out_text_is_long_enough_to_measure_on():
     text = (EXAMPLES / "held_out.txt").read_text(encoding="utf-8")
     assert len(text.split()) > 1500
