@@ -126,6 +126,25 @@ def test_what_is_returned_is_an_ordinary_model(source, tmp_path):
     streamed.to(torch.float32)
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_blocks_on_the_disk_are_calibrated_on_the_gpu(gpu, source, tmp_path, monkeypatch):
+    load = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path)}
+    model = AutoModelForCausalLM.from_pretrained(source, **load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    found = driver._calibration_device(MRGPTQConfig(), list(model.model.layers))
+    assert found == (torch.device("cuda") if gpu else None)
+
+
+def test_a_visit_elsewhere_leaves_the_files_pages_where_they_were(source, tmp_path):
+    """What stays unquantized is not copied back from the other device, since it would then take memory."""
+    load = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path)}
+    block = AutoModelForCausalLM.from_pretrained(source, **load).model.layers[0]
+    with driver._moved(block, torch.device("meta")):
+        assert all(parameter.is_meta for parameter in block.parameters())
+    stored = AutoModelForCausalLM.from_pretrained(source).model.layers[0].state_dict()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in block.state_dict().items())
+
+
 def test_weights_that_are_not_finite_are_refused_before_the_work(source, text, tmp_path, capsys, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(source)
     with torch.no_grad():

@@ -38,7 +38,7 @@ from .checkpoint import WorkDir, recipe, weights_fingerprint
 from .data import CalibrationData
 from .forwards import paused_forwards
 from .group import Group, new_layer
-from .offload import bring_to_memory, named_parameters, return_freed_memory
+from .offload import bring_to_memory, named_parameters, return_freed_memory, waits_on_disk
 from .team import Team
 
 PROBE_TOKENS = 16
@@ -115,7 +115,7 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     groups, skipped = _plan_groups(blocks, plans, selection.selected, selection.skipped)
     work = _open_work_dir(fingerprint, config, data) if team.rank == 0 else None
     captured = list(capture_block_inputs(model, blocks, plans, team.share(data.batches)))
-    streams = any(parameter.is_meta for parameter in blocks.modules[0].parameters())
+    streams = waits_on_disk(blocks.modules[0])
     device = _calibration_device(config, blocks.modules)
     resting = _resting_device([inputs.hidden for inputs in captured], device or captured[0].hidden.device)
     batches = [
@@ -281,7 +281,7 @@ def _calibration_device(config: MRGPTQConfig, blocks: list[nn.Module]) -> torch.
     """Where every block is moved to be calibrated; None: nowhere."""
     if config.calibration_device is not None:
         return torch.device(config.calibration_device)
-    on_cpu = all(block_device(block).type in ("cpu", "meta") for block in blocks)  # meta: still on the disk
+    on_cpu = all(block_device(block).type == "cpu" or waits_on_disk(block) for block in blocks)
     return torch.device("cuda") if on_cpu and torch.cuda.is_available() else None
 
 
@@ -301,13 +301,23 @@ def _moved(block: nn.Module, device: torch.device | None) -> Iterator[None]:
             "calibration_device is for models that device_map does not spread, got one with accelerate's hooks; load it "
             'with device_map=None or "cpu", or leave calibration_device out'
         )
-    there = [(parameter, parameter.data) for parameter in block.parameters()]
+    there = [
+        (module, key, parameter, parameter.data)
+        for module in block.modules()
+        for key, parameter in module.named_parameters(recurse=False)
+    ]
     block.to(device)
     try:
         yield
     finally:
-        for parameter, data in there:  # nothing wrote to them, and what is mapped from a file stays so
+        for (
+            module,
+            key,
+            parameter,
+            data,
+        ) in there:  # nothing wrote to it, and what is mapped from a file stays so
             parameter.data = data
+            setattr(module, key, parameter)
         block.to(home)
 
 

@@ -27,6 +27,11 @@ def tensors_on_disk(module: nn.Module) -> Mapping[str, Tensor] | None:
     return None
 
 
+def waits_on_disk(module: nn.Module) -> bool:
+    """Whether anything in ``module`` waits on the disk."""
+    return any(tensors_on_disk(child) is not None for child in module.modules())
+
+
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """As `nn.Module.named_parameters`; those that wait on the disk are read, one at a time."""
     for name, parameter in model.named_parameters():
@@ -35,11 +40,11 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, parameter if stored is None else stored[key]
 
 
-def bring_to_memory(module: nn.Module) -> bool:
-    """Read everything in ``module`` that waits on the disk, and take accelerate's hooks away; whether there was any."""
+def bring_to_memory(module: nn.Module) -> None:
+    """Read everything in ``module`` that waits on the disk, and take accelerate's hooks away; nothing else is touched."""
     waiting = [child for child in module.modules() if tensors_on_disk(child) is not None]
     if not waiting:
-        return False
+        return
     for child in waiting:
         before = dict(child.named_parameters(recurse=False))
         child._hf_hook.pre_forward(child)  # type: ignore[union-attr, operator]
@@ -50,7 +55,6 @@ def bring_to_memory(module: nn.Module) -> bool:
         # What accelerate puts back refers to the module: a linear that is replaced would live until Python looks for circles.
         if getattr(vars(child).get("forward"), "__self__", None) is child:
             del child.forward
-    return True
 
 
 @cache
