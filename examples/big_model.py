@@ -2,10 +2,12 @@
 
     python examples/big_model.py meta-llama/Llama-3.3-70B-Instruct my_text.txt quantized
     torchrun --nproc-per-node 4 examples/big_model.py ...   # the same arguments, on four GPUs
+    python examples/big_model.py ... --streaming            # for a model that is larger than CPU memory, too
 
 The CPU memory must hold the model in bfloat16 (2 bytes per parameter); the GPU only one block and what it computes. With
-torchrun each process has a GPU and a share of the calibration text, and each holds the model: four processes need four times
-the memory. All of them end with the same model, and the first one saves it.
+--streaming the model stays on the disk, and memory holds a few blocks of it. With torchrun each process has a GPU and a share of
+the calibration text, and each holds the model: four processes need four times the memory. All of them end with the same model,
+and the first one saves it.
 
 Finished blocks are kept in `quantized/blocks`: if the run is killed, the same command goes on where it was. When it is done,
 they may be deleted; the model is in `quantized/model`. Without a GPU everything runs on the CPU, which is where this script
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--batch-size", type=int, default=8, help="sequences at a time; fewer need less memory"
     )
+    parser.add_argument("--streaming", action="store_true", help="leave the model on the disk")
     args = parser.parse_args()
 
     together = "LOCAL_RANK" in os.environ  # torchrun sets it: which of a machine's processes this is
@@ -56,8 +59,11 @@ def main() -> None:
         calibration_device=gpu,
         work_dir=args.output / "blocks",
     )
+    placement = {"device_map": "cpu"}
+    if args.streaming:
+        placement = {"device_map": {"": "disk"}, "offload_folder": str(args.output / "offload")}
     model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=torch.bfloat16, device_map="cpu", quantization_config=config
+        args.model, dtype=torch.bfloat16, quantization_config=config, **placement
     )
     if not together or dist.get_rank() == 0:  # all processes hold the same model
         model.save_pretrained(args.output / "model")

@@ -13,9 +13,11 @@ import shlex
 import sys
 import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -79,6 +81,8 @@ examples:
     hf-fp4 quantize Qwen/Qwen3-8B Qwen3-8B-NVFP4
   your own text, and blocks kept so that a killed run resumes:
     hf-fp4 quantize ./model ./model-mxfp4 --format mxfp4 --dataset my-text.jsonl --work-dir ./blocks
+  a model that fits neither the GPU nor memory; the same command resumes:
+    hf-fp4 quantize ./model ./model-nvfp4 --streaming --dataset my-text.jsonl --work-dir ./blocks
   rounding to nearest, weights only, no data:
     hf-fp4 quantize ./model ./model-rtn --method rtn --activations bf16
 """
@@ -189,6 +193,12 @@ def _add_quantize(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="save although OUT has files in it")
     parser.add_argument(
         "--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: 5GB)"
+    )
+    parser.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read MODEL block by block and keep finished blocks on the disk, so that a few blocks are in memory and not the "
+        "model; takes the disk space of the result once more, in --work-dir or beside OUT",
     )
     parser.add_argument("--layers", action="store_true", help="at the end, one row for every layer")
     parser.add_argument(
@@ -420,8 +430,9 @@ def _quantize(args: argparse.Namespace) -> None:
     _check_target(args.out, args.model, args.overwrite)
     _check_unquantized(args)
     config.tokenizer = tokenizer = _load_tokenizer(args, given.get("tokenizer"))
-    model = _load_model(args, args.model, quantization_config=config)
-    model.save_pretrained(args.out, max_shard_size=args.max_shard_size)
+    with _placement(args, config) as placement:
+        model = _load_model(args, args.model, quantization_config=config, **placement)
+        model.save_pretrained(args.out, max_shard_size=args.max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(args.out)
     _report(args, model)
@@ -429,6 +440,29 @@ def _quantize(args: argparse.Namespace) -> None:
     print(f"{args.out}: {size_text(saved)}, was {size_text(unquantized_bytes(model))}")
     if tokenizer is None:
         print(f"{args.model} has no tokenizer, none was saved")
+
+
+@contextmanager
+def _placement(args: argparse.Namespace, config: MRGPTQConfig) -> Iterator[dict[str, Any]]:
+    """Where the model is loaded to; with --streaming, what is not read yet and what is finished are on the disk.
+
+    Without a work directory, finished blocks are in a directory beside OUT for as long as this lasts.
+    """
+    if not args.streaming:
+        yield {"device_map": args.device_map}
+        return
+    if args.device_map != "auto":
+        raise ValueError(
+            f"--streaming places the model itself, got --device-map {args.device_map}; leave one of them out"
+        )
+    beside = next(path for path in args.out.absolute().parents if path.exists())
+    with TemporaryDirectory(dir=beside, prefix=".streaming-", ignore_cleanup_errors=True) as directory:
+        if config.work_dir is None:
+            config.work_dir = Path(directory, "blocks")
+        if config.needs_calibration:
+            yield {"device_map": {"": "disk"}, "offload_folder": str(Path(directory, "converted"))}
+        else:  # weights are rounded as they are read
+            yield {"device_map": "cpu"}
 
 
 def _report(args: argparse.Namespace, model: PreTrainedModel) -> None:
@@ -548,8 +582,9 @@ def _load_model(args: argparse.Namespace, name: str, **kwargs: Any) -> PreTraine
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype, None)
     if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"--dtype must be auto, bfloat16, float16 or float32, got {args.dtype}")
+    placement = {"device_map": args.device_map, **kwargs}
     return AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, device_map=args.device_map, trust_remote_code=args.trust_remote_code, **kwargs
+        name, dtype=dtype, trust_remote_code=args.trust_remote_code, **placement
     )
 
 

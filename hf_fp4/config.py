@@ -72,7 +72,8 @@ class MRGPTQConfig(QuantizationConfigMixin):
         modules_to_not_convert: names of modules that stay as they are, beside the output head, embeddings and routers.
         allow_unconverted: go on although more than half of the parameters, embeddings and output head not counted, would
             stay as they are, because they are held in a way that is not understood.
-        work_dir: a directory that keeps each finished block, so that a killed run resumes; ``None``: nothing is kept.
+        work_dir: a directory that keeps each finished block, so that a killed run resumes, and one that streams the model from
+            the disk need not hold it; ``None``: nothing is kept.
         kernel_repo, kernel_version: the repository on the Hugging Face kernels hub that GPU kernels are loaded from, and the
             version of its API. They are not saved: pass them again when you load a checkpoint. ``LOCAL_KERNELS`` works as
             for every kernel.

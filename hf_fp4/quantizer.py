@@ -23,10 +23,12 @@ from transformers.utils import logging
 
 from .backends import describe, select
 from .calibration.capture import find_blocks, require_finite
+from .calibration.checkpoint import WorkDir, recipe, weights_fingerprint
 from .calibration.data import calibration_batches
 from .calibration.driver import LayerReport, quantize_model
 from .calibration.experts import describe_coverage
 from .calibration.group import new_layer
+from .calibration.offload import bring_to_memory, return_freed_memory
 from .checkpoint_files import check_shards, staged, stored_names
 from .config import QUANT_METHOD, MRGPTQConfig
 from .gptq import round_weight
@@ -80,6 +82,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
         self._on_load: _QuantizeOnLoad | None = None
         self._stored: set[str] = set()
         self._reads_linears = False
+        self._streams = False
         if self.pre_quantized and quantization_config.modules is None:
             raise ValueError(
                 "the checkpoint's quantization_config does not list its quantized modules; it is damaged or was saved "
@@ -96,14 +99,12 @@ class MRGPTQHfQuantizer(HfQuantizer):
             raise ValueError(
                 'a model on the meta device has no weights to quantize; load it with device_map=None, "cpu" or "cuda"'
             )
-        if (
-            not self.pre_quantized
-            and self.quantization_config.needs_calibration
-            and "disk" in map(str, places)
-        ):
+        calibrates = not self.pre_quantized and self.quantization_config.needs_calibration
+        self._streams = calibrates and places == {"disk"}
+        if calibrates and "disk" in map(str, places) and not self._streams:
             raise ValueError(
                 "calibration needs the weights in memory, and device_map puts some on disk; use device_map=None, or "
-                'method="rtn" without scale_rule="hessian", which quantizes while loading'
+                'device_map={"": "disk"}, which reads one block at a time'
             )
 
     def _process_model_before_weight_loading(
@@ -190,6 +191,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
             _check_layers(model)
         else:
             self._calibrate(model)
+            self._end_streaming(model)
         if not self.pre_quantized and experts_in(model):
             loaded: Any = model  # with the conversions of its own checkpoint, which saving reverses
             loaded._weight_conversions = conversions_of_linears(loaded._weight_conversions)
@@ -203,10 +205,19 @@ class MRGPTQHfQuantizer(HfQuantizer):
         model._upload_modified_files = types.MethodType(_upload_with_card, model)  # type: ignore[method-assign]
         return model
 
+    def _end_streaming(self, model: PreTrainedModel) -> None:
+        """Make of a model with weights on the disk an ordinary one on the CPU."""
+        if self._streams:
+            bring_to_memory(model)
+            model.tie_weights()
+            del model.hf_device_map
+
     def _explain_backends(self, model: PreTrainedModel) -> None:
         """Say once why a GPU runs the reference; before a calibration, which takes longer as well."""
         source = self.quantization_config.kernel_source
-        for device in {tensor.device for tensor in (*model.parameters(), *model.buffers())}:
+        for device in {
+            tensor.device for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta
+        }:
             found = select(source, device)
             if found.module is None and found.turned_down:
                 logger.warning_once(f"{describe(found, source)}. `hf-fp4 doctor` says more.")
@@ -274,15 +285,18 @@ class MRGPTQHfQuantizer(HfQuantizer):
 class _QuantizeOnLoad(ConversionOps):
     """Rounds each weight as transformers reads it, so that the unquantized model is never in memory.
 
-    Linears that share a global scale are held until all of them have been read.
+    Linears that share a global scale are held until all of them have been read. With a work directory what is finished is
+    mapped from there, so that the quantized model is not in memory either.
     """
 
     def __init__(self, model: PreTrainedModel, names: list[str], config: MRGPTQConfig):
         self._config = config
         self._waiting: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
         self._failure: Exception | None = None
+        self._work = None if config.work_dir is None else WorkDir(config.work_dir, {"config": recipe(config)})
         targets = set(names)
         self._partners = {name: tuple(n for n in fused_partners(name) if n in targets) for name in names}
+        self._numbers = {group: number for number, group in enumerate(dict.fromkeys(self._partners.values()))}
         self.sizes = {name: self._size(name, linear_at(model, name).in_features) for name in names}
 
         def factory(name: str, linear: nn.Linear) -> FP4Linear:
@@ -339,10 +353,27 @@ class _QuantizeOnLoad(ConversionOps):
         if len(waiting) < len(group):
             return {}
         try:
-            return self._quantize(self._waiting.pop(group))
-        except ValueError as error:  # transformers would bury it in its loading report
+            return self._finished(self._numbers[group], self._waiting.pop(group))
+        except (ValueError, OSError) as error:  # transformers would bury it in its loading report
             self._failure = self._failure or error
             return {}
+
+    def _finished(self, number: int, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The group's quantized tensors, which an earlier run may have left in the work directory."""
+        if self._work is None:
+            return self._quantize(weights)
+        source = {"weights": weights_fingerprint(weights.items())}
+        if self._work.load(number) is None:
+            self._work.save(number, self._quantize(weights), source)
+            return_freed_memory()
+        tensors, found = self._work.load(number) or ({}, {})
+        if found != source:
+            raise ValueError(
+                f"work_dir {self._config.work_dir} belongs to another run: the weights of {', '.join(weights)} differ; give "
+                "this run a directory of its own, or delete that one to start over"
+            )
+        device = next(iter(weights.values())).device
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def _quantize(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         fmt, rule = self._config.fp4_format, self._config.weight_rule

@@ -373,7 +373,7 @@ def test_meta_and_offloaded_weights_are_refused():
         probe(model, find_blocks(model), tiny_tokens())
     accelerate = pytest.importorskip("accelerate")
     model = tiny_model("llama")
-    accelerate.cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
+    accelerate.cpu_offload(model.model.layers[1], execution_device=torch.device("cuda:0"))
     with pytest.raises(
         ValueError, match=r'model.layers.1.*offloaded .* device_map=None, "cpu".*method="rtn"'
     ):

@@ -74,7 +74,9 @@ def test_command_and_python_give_the_same_bytes(original, text_file, tmp_path):
 def test_every_field_that_is_given_arrives(original, text_file, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        cli, "_load_model", lambda args, name, quantization_config: seen.append(quantization_config) or 1 / 0
+        cli,
+        "_load_model",
+        lambda args, name, quantization_config, device_map: seen.append(quantization_config) or 1 / 0,
     )
     values = {
         "format": "nvfp4",
@@ -122,7 +124,9 @@ def test_every_field_that_is_given_arrives(original, text_file, tmp_path, monkey
 def test_paper_is_the_papers_recipe_with_what_else_is_given(original, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        cli, "_load_model", lambda args, name, quantization_config: seen.append(quantization_config) or 1 / 0
+        cli,
+        "_load_model",
+        lambda args, name, quantization_config, device_map: seen.append(quantization_config) or 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         cli.main(

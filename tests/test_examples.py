@@ -198,6 +198,76 @@ def test_big_model(tiny, tmp_path):
         assert same == 1 if ".layers.1." not in name else same > 0.97, name
 
 
+def test_big_model_on_the_disk(tiny, tmp_path):
+    """It takes over the blocks that it made in memory, and makes the same."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "out"
+    arguments = ("big_model.py", tiny, tmp_path / "text.txt", out, *SMALL)
+    run_example(*arguments)
+    in_memory = weights(out / "model")
+    first, last = sorted((out / "blocks").glob("block-*.safetensors"))
+    when = first.stat().st_mtime_ns
+    last.unlink()
+    shutil.rmtree(out / "model")
+    run_example(*arguments, "--streaming")
+    assert first.stat().st_mtime_ns == when and last.exists()
+    on_disk = weights(out / "model")
+    assert on_disk.keys() == in_memory.keys()
+    assert all(torch.equal(on_disk[name], tensor) for name, tensor in in_memory.items())
+
+
+def solver_table(*arguments: object) -> dict[str, list[float]]:
+    """Relative output errors in percent, by solver."""
+    printed = run_example("compare_solvers.py", "--device", "cpu", "--tokens", 512, *arguments)
+    header, _, *rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line[:1] == "|"]
+    cells = zip(*(row[1:] for row in rows), strict=True)
+    return {
+        title: [float(cell.split()[2]) for cell in column]
+        for title, column in zip(header[1:], cells, strict=True)
+    }
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_compare_solvers(format):
+    errors = solver_table("--shapes", "48x64", "64x96", "--format", format)
+    rounding, paper, defaults = errors.values()
+    for most, *solved in zip(rounding, paper, defaults, strict=True):
+        assert 0 < max(solved) < 0.7 * most
+
+
+def test_compare_solvers_on_a_model(tiny, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    layers = ["model.layers.1.self_attn.o_proj", "model.layers.0.mlp.up_proj"]
+    errors = solver_table("--model", tiny, "--text", tmp_path / "text.txt", "--layers", *layers)
+    assert {len(column) for column in errors.values()} == {2}
+
+
+@pytest.mark.skipif(
+    "FP_QUANT" not in os.environ, reason="FP_QUANT must name a checkout of IST-DASLab/FP-Quant"
+)
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_compare_solvers_with_fp_quant(format):
+    errors = solver_table("--shapes", "48x64", "--format", format, "--fp-quant", os.environ["FP_QUANT"])
+    assert 0 < errors["FP-Quant"][0] < errors["hf-fp4, rounding"][0]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llmcompressor") is None, reason="needs llmcompressor 0.14 in this environment"
+)
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_compare_solvers_with_llm_compressor(format):
+    errors = solver_table("--shapes", "48x64", "--format", format, "--llm-compressor")
+    (theirs,) = (column for title, column in errors.items() if title.startswith("llm-compressor 0."))
+    assert 0 < theirs[0] < errors["hf-fp4, rounding"][0]
+
+
+def test_compare_solvers_refuses_what_is_not_there(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "compare_solvers.py"), "--fp-quant", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    run = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert run.returncode and "--fp-quant must be a checkout of IST-DASLab/FP-Quant" in run.stderr
+
+
 def test_held_out_text_is_long_enough_to_measure_on():
     text = (EXAMPLES / "held_out.txt").read_text(encoding="utf-8")
     assert len(text.split()) > 1500

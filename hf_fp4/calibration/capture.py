@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..layers.experts import FP4Experts
 from ..layers.replace import tower_names
+from .offload import tensors_on_disk
 
 _FINGERPRINT_VALUES = 64
 
@@ -166,15 +167,22 @@ def block_device(block: nn.Module) -> torch.device:
 
 
 def require_resident(blocks: Blocks) -> None:
-    """Raise ValueError if weights of a block are not in memory: on the meta device, or offloaded by accelerate."""
+    """Raise ValueError if weights of a block are neither in memory nor on the disk, from where accelerate brings them."""
     for name, block in zip(blocks.names, blocks.modules, strict=True):
-        missing = next((key for key, parameter in block.named_parameters() if parameter.is_meta), None)
+        missing = next(
+            (key for key, parameter in block.named_parameters() if _is_nowhere(block, key, parameter)), None
+        )
         if missing is not None:
             raise ValueError(
                 f"expected every decoder block in memory to calibrate, got {name}.{missing} on the meta device (not "
-                "loaded, or offloaded to CPU or disk by device_map); load with device_map=None, "
-                '"cpu" or "cuda", or use method="rtn"'
+                'loaded, or offloaded by device_map); load with device_map=None, "cpu" or "cuda", with {"": "disk"}, which '
+                'reads one block at a time, or use method="rtn"'
             )
+
+
+def _is_nowhere(block: nn.Module, name: str, parameter: Tensor) -> bool:
+    owner, _, _ = name.rpartition(".")
+    return parameter.is_meta and tensors_on_disk(block.get_submodule(owner)) is None
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
@@ -385,6 +393,8 @@ def _run_model(model: PreTrainedModel, blocks: Blocks, input_ids: Tensor) -> Non
     device = block_device(embeddings)
     if device.type == "meta":  # offloaded: accelerate's hook takes the ids to where it computes
         device = block_device(blocks.modules[0])
+    if device.type == "meta":  # on the disk, and computed on the CPU
+        device = torch.device("cpu")
     model(input_ids=input_ids.to(device), **kwargs)
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..config import MRGPTQConfig
+
 MANIFEST = "manifest.json"
+
+_SUMMED_AT_ONCE = 1 << 20
+"""On a CPU torch makes 8 bytes of each value before it adds them up."""
 
 
 class WorkDir:
@@ -66,7 +72,13 @@ class WorkDir:
         return self._path / f"block-{block:05d}.safetensors"
 
 
-def weights_fingerprint(named_parameters) -> str:
+def recipe(config: MRGPTQConfig) -> dict[str, object]:
+    """What of a config decides about the bytes of a block, beside the data, as JSON values."""
+    fields = {k: v for k, v in config.to_dict().items() if k not in ("dataset", "modules", "calibration")}
+    return {**fields, "batch_size": config.batch_size}  # sums are rounded in its order
+
+
+def weights_fingerprint(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
     """A digest of names, shapes, dtypes and of every byte's sum, read once at memory speed."""
     digest = hashlib.sha256()
     for name, parameter in named_parameters:
@@ -74,10 +86,9 @@ def weights_fingerprint(named_parameters) -> str:
         as_integers = flat.view(
             {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
         )
+        total = torch.stack([part.sum() for part in as_integers.split(_SUMMED_AT_ONCE)]).sum().item()
         position = as_integers[:: max(1, len(as_integers) // 64)][:64].tolist()
-        digest.update(
-            f"{name} {tuple(parameter.shape)} {parameter.dtype} {as_integers.sum().item()} {position}".encode()
-        )
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total} {position}".encode())
     return digest.hexdigest()
 
 

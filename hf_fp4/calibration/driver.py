@@ -7,6 +7,7 @@ asymmetric correction, the original model's.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +21,13 @@ from transformers.utils import logging
 
 from ..config import MRGPTQConfig
 from ..layers.linear import FP4Linear
-from ..layers.replace import linear_at, replace_linears, select_linears, take_experts_apart
+from ..layers.replace import (
+    linear_at,
+    replace_linears,
+    select_linears,
+    take_experts_apart,
+    text_experts,
+)
 from ..rotation import require_divisor
 from .capture import (
     BlockCall,
@@ -33,11 +40,12 @@ from .capture import (
     require_finite,
     run_block,
 )
-from .checkpoint import WorkDir, weights_fingerprint
+from .checkpoint import WorkDir, recipe, weights_fingerprint
 from .data import CalibrationData
 from .experts import group_of
 from .forwards import paused_forwards
 from .group import new_layer
+from .offload import bring_to_memory, named_parameters, return_freed_memory, waits_on_disk
 from .team import Team
 
 PROBE_TOKENS = 16
@@ -109,24 +117,28 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
         ValueError: no linear converts, the model's structure is not understood, or weights or activations are not
             finite (the message names the layer).
     """
+    for name in text_experts(model):
+        if waits_on_disk(model.get_submodule(name)):
+            raise ValueError(
+                f"{name} holds all its experts in one tensor, and those are taken apart in memory: load the model with "
+                'device_map="cpu", without --streaming'
+            )
     take_experts_apart(model, config.fp4_format, config.modules_to_not_convert or [])
     blocks = find_blocks(model)
     selection = select_linears(model, config.fp4_format, config.modules_to_not_convert)
-    for name in selection.selected:
-        linear = linear_at(model, name)
-        if isinstance(config.hadamard_group_size, int):
-            require_divisor(config.hadamard_group_size, linear.in_features, name)
-        require_finite(linear.weight, f"the weight of {name}")
-        if linear.bias is not None:
-            require_finite(linear.bias, f"the bias of {name}")
+    if isinstance(config.hadamard_group_size, int):
+        for name in selection.selected:
+            require_divisor(config.hadamard_group_size, linear_at(model, name).in_features, name)
+    fingerprint = _check_weights(model, selection.selected, fingerprint=config.work_dir is not None)
     team = Team()
     team.require_same(data.fingerprint, "calibration data")
     plans = probe(model, blocks, data.batches[0][:1, :PROBE_TOKENS])
     if any(plan.skipped for plan in plans):  # maybe experts that none of so few tokens reached
         plans = probe(model, blocks, data.batches[0][:1])
     groups, skipped = _plan_groups(blocks, plans, selection.selected, selection.skipped)
-    work = _open_work_dir(model, config, data) if team.rank == 0 else None
+    work = _open_work_dir(fingerprint, config, data) if team.rank == 0 else None
     captured = list(capture_block_inputs(model, blocks, plans, team.share(data.batches)))
+    streams = waits_on_disk(blocks.modules[0])
     device = _calibration_device(config, blocks.modules)
     resting = _resting_device([inputs.hidden for inputs in captured], device or captured[0].hidden.device)
     batches = [
@@ -147,7 +159,9 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
             with _moved(blocks.modules[index], device):
                 block = _Block(blocks.modules[index], name, index, groups[index], config, threads, team)
                 reports += block.quantize(batches, work, advance=index < len(blocks.modules) - 1)
-                block.replace(model)
+                block.replace(model, work if streams else None)
+                del block
+            return_freed_memory()
             bar.set_postfix(_progress(batches, index + 1, time.perf_counter() - start, device), refresh=False)
             bar.update()
     return Run(reports, skipped)
@@ -217,6 +231,7 @@ class _Block:
                         quantized[i].abandon()
                         quantized[i] = begin(batch.quantized, call, solved)
                 outcomes = group.solve()
+                return_freed_memory()
                 solved |= group.simulated()
                 seconds = time.perf_counter() - start
                 reports += [
@@ -241,9 +256,16 @@ class _Block:
                 batch.rest(run_block(self._module, batch.original, call))
             batch.quantized = run_block(self._module, batch.quantized, call, solved)
 
-    def replace(self, model: nn.Module) -> None:
-        """Put the FP4 linears in the place of the originals, which are freed."""
-        layers = {f"{self._name}.{name}": layer for name, layer in self._layers()}
+    def replace(self, model: nn.Module, work: WorkDir | None) -> None:
+        """Put the FP4 linears in the place of the originals, which are freed.
+
+        With ``work`` their tensors are mapped from there, and take no memory of their own.
+        """
+        layers = dict(self._layers())
+        finished = work.load(self._index) if work else None
+        if finished is not None:
+            layers = self._read(*finished, torch.device("cpu"))
+        layers = {f"{self._name}.{name}": layer for name, layer in layers.items()}
         replace_linears(model, lambda name, _: layers[name], layers)
 
     def _layers(self) -> Iterator[tuple[str, FP4Linear]]:
@@ -251,23 +273,27 @@ class _Block:
             yield from group.solved.items()
 
     def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> list[LayerReport]:
-        reports = [LayerReport(**row) for row in metadata["reports"]]
-        sizes = {row.name: row.hadamard_size for row in reports}
+        layers = self._read(tensors, metadata, self._device)
         for group in self._groups:
-            layers = {}
-            for name in group.names:
-                own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-                layer = new_layer(
-                    linear_at(self._module, name),
-                    self._config,
-                    sizes[f"{self._name}.{name}"],
-                    static_input_scale="input_global_scale" in own,
-                )
-                layer.load_state_dict({k: t.to(self._device) for k, t in own.items()}, assign=True)
-                layer.check(f"{self._name}.{name}")
-                layers[name] = layer
-            group.restore(layers)
-        return reports
+            group.restore({name: layers[name] for name in group.names})
+        return [LayerReport(**row) for row in metadata["reports"]]
+
+    def _read(
+        self, tensors: dict[str, torch.Tensor], metadata: dict, device: torch.device
+    ) -> dict[str, FP4Linear]:
+        sizes = {row["name"]: row["hadamard_size"] for row in metadata["reports"]}
+        layers = {}
+        for name in (name for group in self._groups for name in group.names):
+            own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+            layers[name] = new_layer(
+                linear_at(self._module, name),
+                self._config,
+                sizes[f"{self._name}.{name}"],
+                static_input_scale="input_global_scale" in own,
+            )
+            layers[name].load_state_dict({k: t.to(device) for k, t in own.items()}, assign=True)
+            layers[name].check(f"{self._name}.{name}")
+        return layers
 
 
 def _progress(
@@ -286,13 +312,17 @@ def _calibration_device(config: MRGPTQConfig, blocks: list[nn.Module]) -> torch.
     """Where every block is moved to be calibrated; None: nowhere."""
     if config.calibration_device is not None:
         return torch.device(config.calibration_device)
-    in_cpu_memory = all(block_device(block).type == "cpu" for block in blocks)
-    return torch.device("cuda") if in_cpu_memory and torch.cuda.is_available() else None
+    on_cpu = all(block_device(block).type == "cpu" or waits_on_disk(block) for block in blocks)
+    return torch.device("cuda") if on_cpu and torch.cuda.is_available() else None
 
 
 @contextmanager
 def _moved(block: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """Context in which ``block`` is on ``device``; afterwards it and what replaced its linears are where it was."""
+    """Context in which ``block`` is on ``device``; afterwards it and what replaced its linears are where it was.
+
+    A block that waits on the disk is brought to CPU memory.
+    """
+    bring_to_memory(block)
     home = block_device(block)
     if device is None or device == home:
         yield
@@ -302,10 +332,23 @@ def _moved(block: nn.Module, device: torch.device | None) -> Iterator[None]:
             "calibration_device is for models that device_map does not spread, got one with accelerate's hooks; load it "
             'with device_map=None or "cpu", or leave calibration_device out'
         )
+    there = [
+        (module, key, parameter, parameter.data)
+        for module in block.modules()
+        for key, parameter in module.named_parameters(recurse=False)
+    ]
     block.to(device)
     try:
         yield
     finally:
+        for (
+            module,
+            key,
+            parameter,
+            data,
+        ) in there:  # nothing wrote to it, and what is mapped from a file stays so
+            parameter.data = data
+            setattr(module, key, parameter)
         block.to(home)
 
 
@@ -346,14 +389,29 @@ def _plan_groups(
     return groups, skipped
 
 
-def _open_work_dir(model: PreTrainedModel, config: MRGPTQConfig, data: CalibrationData) -> WorkDir | None:
+def _check_weights(model: PreTrainedModel, selected: list[str], *, fingerprint: bool) -> str:
+    """Refuse weights of ``selected`` linears that are not finite; `weights_fingerprint` of all, if it is wanted."""
+    wanted = set(selected)
+
+    def checked() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in named_parameters(model):
+            owner, _, key = name.rpartition(".")
+            if owner in wanted:
+                require_finite(parameter, f"the {key} of {owner}")
+            yield name, parameter
+
+    if fingerprint:
+        return weights_fingerprint(checked())
+    deque(checked(), maxlen=0)
+    return ""
+
+
+def _open_work_dir(fingerprint: str, config: MRGPTQConfig, data: CalibrationData) -> WorkDir | None:
     if config.work_dir is None:
         return None
-    recipe = {k: v for k, v in config.to_dict().items() if k not in ("dataset", "modules", "calibration")}
-    recipe["batch_size"] = config.batch_size  # sums are rounded in its order
     identity: dict[str, object] = {
-        "model": weights_fingerprint(model.named_parameters()),
-        "config": recipe,
+        "model": fingerprint,
+        "config": recipe(config),
         "dataset": data.fingerprint,
     }
     return WorkDir(config.work_dir, identity)
