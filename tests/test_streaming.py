@@ -393,7 +393,9 @@ def test_memory_does_not_grow_with_the_model(method, source, text, tmp_path):
 
 def test_experts_in_one_tensor_are_refused(tmp_path):
     """Their calibration takes them apart, which is done in memory."""
-    tiny_model("mixtral", torch.bfloat16).save_pretrained(tmp_path)
-    config = MRGPTQConfig(dataset=list(tiny_tokens(2, 16)), num_samples=2, sequence_length=16)
+    tiny_model("mixtral", torch.bfloat16).save_pretrained(tmp_path / "source")
+    data = {"dataset": list(tiny_tokens(2, 16)), "num_samples": 2, "sequence_length": 16}
+    config = MRGPTQConfig(**data, work_dir=tmp_path / "blocks")
+    streams = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "converted")}
     with pytest.raises(ValueError, match="holds all its experts in one tensor"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map={"": "disk"})
+        AutoModelForCausalLM.from_pretrained(tmp_path / "source", quantization_config=config, **streams)
