@@ -118,7 +118,11 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
             finite (the message names the layer).
     """
     for name in text_experts(model):
-        bring_to_memory(model.get_submodule(name))  # what is taken apart are views of what is mapped
+        if waits_on_disk(model.get_submodule(name)):
+            raise ValueError(
+                f"{name} holds all its experts in one tensor, and those are taken apart in memory: load the model with "
+                'device_map="cpu", without --streaming'
+            )
     take_experts_apart(model, config.fp4_format, config.modules_to_not_convert or [])
     blocks = find_blocks(model)
     selection = select_linears(model, config.fp4_format, config.modules_to_not_convert)
