@@ -127,7 +127,6 @@ class PausedForward:
             pass
         except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
             self._error = error
-        del self._running.forward  # the thread outlives the block, and would keep it
         self._input, self._ended = None, True
         self._running.forward = None  # the thread lives on
         self._paused.release()
