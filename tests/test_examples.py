@@ -323,7 +323,14 @@ def gemma3(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import gemma3
 
+    monkeypatch.setattr(gemma3.transformers, "__version__", "5.23.0")
     return gemma3
+
+
+def test_gemma3_refuses_a_transformers_that_reads_its_tokenizer_wrongly(gemma3, tmp_path, monkeypatch):
+    monkeypatch.setattr(gemma3.transformers, "__version__", "5.17.0")
+    with pytest.raises(ImportError, match=r"needs transformers 5\.23 or newer, found 5\.17\.0"):
+        gemma3.write_checkpoint(tmp_path / "model")
 
 
 def test_gemma3_joins_its_parts_in_order(gemma3, tmp_path, monkeypatch):
