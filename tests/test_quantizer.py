@@ -713,31 +713,11 @@ def test_a_model_without_its_head_is_quantized(zoo):
 # --- memory
 
 PEAK = """
-import os, sys, threading, time
+import os, sys
 import torch
 from transformers import AutoModelForCausalLM
 from hf_fp4 import MRGPTQConfig
-
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
-
-
-def peak_while(work):
-    peak, done = [0], threading.Event()
-
-    def watch():
-        while not done.is_set():
-            peak[0] = max(peak[0], anonymous())
-            time.sleep(0.002)
-
-    start, watcher = anonymous(), threading.Thread(target=watch)
-    watcher.start()
-    kept = work()
-    done.set()
-    watcher.join()
-    return peak[0] - start
+from peak_memory import peak_while
 
 
 def load(path, **arguments):
@@ -768,7 +748,12 @@ def test_rounding_on_load_never_holds_the_unquantized_model(zoo, tmp_path):
     assert size > 150e6
     run = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path), str(zoo("llama", torch.bfloat16))],
-        env={**os.environ, "PYTHONPATH": str(Path(hf_fp4.__file__).parents[1])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(hf_fp4.__file__).parents[1]), str(Path(__file__).parent)]
+            ),
+        },
         capture_output=True,
         text=True,
         check=False,

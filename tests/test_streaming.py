@@ -319,29 +319,9 @@ def test_nothing_of_a_finished_block_stays(streams, source, tmp_path, monkeypatc
 
 
 PEAK = """
-import os, sys, threading, time
+import sys
 from hf_fp4 import cli
-
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
-
-
-def peak_while(work):
-    peak, done = [0], threading.Event()
-
-    def watch():
-        while not done.is_set():
-            peak[0] = max(peak[0], anonymous())
-            time.sleep(0.002)
-
-    start, watcher = anonymous(), threading.Thread(target=watch)
-    watcher.start()
-    work()
-    done.set()
-    watcher.join()
-    return peak[0] - start
+from peak_memory import peak_while
 
 
 def quantize(source, out):
@@ -380,7 +360,12 @@ def test_memory_does_not_grow_with_the_model(method, source, text, tmp_path):
         options += ["--dataset", text, "--descent-passes", "0", "--hadamard-group-size", "none"]
     run = subprocess.run(
         [sys.executable, "-c", PEAK, tmp_path / "4", tmp_path / "24", tmp_path / "out", *options],
-        env={**os.environ, "PYTHONPATH": str(Path(hf_fp4.__file__).parents[1])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(hf_fp4.__file__).parents[1]), str(Path(__file__).parent)]
+            ),
+        },
         capture_output=True,
         text=True,
         check=False,

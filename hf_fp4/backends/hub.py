@@ -48,8 +48,8 @@ class Kernels:
 
     def take(self, dtype: torch.dtype) -> bool:
         """Whether the package's functions take inputs of ``dtype``; the reference takes what they do not."""
-        dtypes = [torch.bfloat16, torch.float16] + [torch.float32] * (self.backend == "cpu")
-        return self.module is not None and dtype in dtypes
+        fits = dtype in (torch.bfloat16, torch.float16) or (dtype == torch.float32 and self.backend == "cpu")
+        return self.module is not None and fits
 
     @property
     def search_scales(self) -> Callable[..., torch.Tensor] | None:

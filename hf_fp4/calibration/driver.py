@@ -202,6 +202,7 @@ class _Block:
         reports: list[LayerReport] = []
         solved: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         last = len(self._groups) - 1
+        tokens = [batch.quantized.shape[:-1].numel() for batch in batches]
         with paused_forwards(self._module, [g.entries for g in self._groups], self._threads) as begin:
             quantized, original = [], []
             for batch in batches:
@@ -210,16 +211,11 @@ class _Block:
                 original.append(None if batch.original is None else begin(batch.original, call, {}))
             for index, group in enumerate(self._groups):
                 start = time.perf_counter()
-                tokens = sum(batch.quantized.shape[:-1].numel() for batch in batches)
-                wait = _fits(_HELD * group.bytes_per_token * tokens, self._device)
+                wait = _fits(_HELD * group.bytes_per_token * sum(tokens), self._device)
                 group.start(forward.input_of(index) for forward in quantized)
                 for i, (batch, other) in enumerate(zip(batches, original, strict=True)):
                     call = batch.calls[self._index]
-                    group.observe(
-                        quantized[i].input_of(index),
-                        other and other.input_of(index),
-                        batch.quantized.shape[:-1].numel(),
-                    )
+                    group.observe(quantized[i].input_of(index), other and other.input_of(index), tokens[i])
                     if other and index == last:  # it waits for no solve
                         if advance:
                             batch.rest(other.output())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -25,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from ..backends import Kernels, KernelSource, input_arguments, select
-from .linear import KERNEL_ROWS, FP4Linear
+from .linear import KERNEL_ROWS, FP4Linear, HasStoredLayout
 from .linear import use_kernels as use_kernels_by_layer
 
 GATE_UP, DOWN = "gate_up", "down"
@@ -274,7 +273,7 @@ def gather_rows(
     return torch.cat(parts)
 
 
-class FP4Experts(nn.Module):
+class FP4Experts(HasStoredLayout, nn.Module):
     """The experts of one layer with a `FP4Linear` (an `nn.Linear` before, or where it stays one) for each matrix.
 
     It takes the place of the module ``own`` of the model and is called as that is. Routing is the model's; so are the
@@ -338,16 +337,6 @@ class FP4Experts(nn.Module):
             if source is not None and layers and projection.stack(select(source, layers[0].weight.device)):
                 taken += layers
         return taken
-
-    @contextmanager
-    def stored_layout(self) -> Iterator[None]:
-        """Context in which every linear has its bytes for itself."""
-        source = self._source
-        self.use_kernels(None)
-        try:
-            yield
-        finally:
-            self.use_kernels(source)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FP4Experts:
         with self.stored_layout():

@@ -25,7 +25,27 @@ _AUTOCAST_DEVICES = {
 }
 
 
-class FP4Linear(nn.Linear):
+class HasStoredLayout:
+    """What `use_kernels` lays out for the device it is on, and has as it is on disk without kernels."""
+
+    _source: KernelSource | None
+
+    def use_kernels(self, source: KernelSource | None) -> Any:
+        """Lay out for the kernels of ``source``; None: as on disk."""
+        raise NotImplementedError
+
+    @contextmanager
+    def stored_layout(self) -> Iterator[None]:
+        """Context in which the buffers are the bytes on disk; afterwards they are laid out for the device they are on."""
+        source = self._source
+        self.use_kernels(None)
+        try:
+            yield
+        finally:
+            self.use_kernels(source)
+
+
+class FP4Linear(HasStoredLayout, nn.Linear):
     """A linear layer on a packed FP4 weight.
 
     ``forward`` is one call of `ops.linear`, the reference backend, until `use_kernels` finds kernels for the layer's device.
@@ -151,16 +171,6 @@ class FP4Linear(nn.Linear):
         return self.kernels.module.restore_weight(
             self.weight, self.row_scale, self.out_features, self.in_features
         )
-
-    @contextmanager
-    def stored_layout(self) -> Iterator[None]:
-        """Context in which the buffers are the bytes on disk; afterwards they are laid out for the device they are on."""
-        source = self._source
-        self.use_kernels(None)
-        try:
-            yield
-        finally:
-            self.use_kernels(source)
 
     def _apply(self, fn, recurse: bool = True):
         """`model.to(dtype)` and `.half()` move the packed weight and its scales, and cast only the bias."""

@@ -260,6 +260,19 @@ def _check_activation(x: torch.Tensor, format: str, hadamard: int | None) -> Non
         )
 
 
+def _check_weight(weight, weight_scale, weight_global_scale):
+    """Of a stored weight [N, K/2], or of one for each expert [E, N, K/2]."""
+    format = _format_of_scale(weight_scale)
+    n, k = weight.shape[-2], weight.shape[-1] * 2
+    if n % 16 or k % _GROUPS[format]:
+        experts = "E, " * (weight.dim() == 3)
+        raise ValueError(
+            f"weight must be [{experts}multiple of 16, multiple of {_GROUPS[format]}] for {format}, got {n} x {k}"
+        )
+    if format == "nvfp4" and weight_global_scale is None:
+        raise ValueError("nvfp4 weights need weight_global_scale, got None")
+
+
 def prepare_weight(
     weight: torch.Tensor, weight_scale: torch.Tensor, weight_global_scale: torch.Tensor | None = None
 ) -> PreparedWeight:
@@ -269,14 +282,7 @@ def prepare_weight(
     weight_scale: float8_e4m3fn [N, K/16] (nvfp4, not negative, finite) or uint8 E8M0 [N, K/32] (mxfp4).
     weight_global_scale: float32 [1], divisor (nvfp4) or None.
     """
-    format = _format_of_scale(weight_scale)
-    n, k = weight.shape[0], weight.shape[1] * 2
-    if n % 16 or k % _GROUPS[format]:
-        raise ValueError(
-            f"weight must be [multiple of 16, multiple of {_GROUPS[format]}] for {format}, got {n} x {k}"
-        )
-    if format == "nvfp4" and weight_global_scale is None:
-        raise ValueError("nvfp4 weights need weight_global_scale, got None")
+    _check_weight(weight, weight_scale, weight_global_scale)
     backend = _BACKENDS[_backend_on(weight.device)]
     return PreparedWeight(
         *backend.prepare_weight(weight.contiguous(), weight_scale.contiguous(), weight_global_scale)
@@ -433,14 +439,7 @@ def prepare_experts(
 
     Returns packed uint8 [E, N, K/2 + scales], a row's scales behind its codes, and row_scale float32 [E, N].
     """
-    format = _format_of_scale(weight_scale)
-    n, k = weight.shape[1], weight.shape[2] * 2
-    if n % 16 or k % _GROUPS[format]:
-        raise ValueError(
-            f"weight must be [E, multiple of 16, multiple of {_GROUPS[format]}] for {format}, got {n} x {k}"
-        )
-    if format == "nvfp4" and weight_global_scale is None:
-        raise ValueError("nvfp4 weights need weight_global_scale, got None")
+    _check_weight(weight, weight_scale, weight_global_scale)
     return PreparedWeight(
         *_triton.prepare_experts(weight.contiguous(), weight_scale.contiguous(), weight_global_scale)
     )
