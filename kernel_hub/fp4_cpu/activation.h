@@ -74,13 +74,21 @@ INLINE int quantize_group(const float* x, Format format, Rule rule, float global
   const int64_t group = group_of(format);
   const float absmax = largest(x, group);
   const int first = format == kNvfp4 ? encode_e4m3(absmax / 6.0f * global) : mxfp4_byte(absmax);
-  const float error = round_group(x, group, step_of(first, format, global), nullptr, rounded);
+  float least = round_group(x, group, step_of(first, format, global), nullptr, rounded);
   if (rule == kAbsmax) return first;
   const int second = format == kNvfp4 ? encode_e4m3(absmax / 4.0f * global) : first < 254 ? first + 1 : 254;
-  float other[32];
-  if (!(round_group(x, group, step_of(second, format, global), nullptr, other) < error)) return first;
-  __builtin_memcpy(rounded, other, group * sizeof(float));
-  return second;
+  const int near[5] = {second, first - 1, first + 1, second - 1, second + 1};
+  int best = first;
+  for (int i = 0; i < (format == kNvfp4 && rule == kMse ? 5 : 1); ++i) {
+    const int byte = i == 0 ? second : near[i] < 1 ? 1 : near[i] > 126 ? 126 : near[i];
+    float other[32];
+    const float error = round_group(x, group, step_of(byte, format, global), nullptr, other);
+    if (!(error < least)) continue;
+    least = error;
+    best = byte;
+    __builtin_memcpy(rounded, other, group * sizeof(float));
+  }
+  return best;
 }
 
 INLINE void write_codes(const float* x, const float* rounded, int64_t group, uint8_t* codes) {
