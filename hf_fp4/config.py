@@ -54,12 +54,14 @@ class MRGPTQConfig(QuantizationConfigMixin):
             (MSE weighted by the second moments of the inputs), or ``"auto"``: ``"hessian"`` with the solver, ``"mse"``
             for ``method="rtn"``.
         activation_scale_rule: block scales of activations: ``"absmax"``, ``"four_over_six"`` (nvfp4 only) or ``"mse"``, the
-            default: the best of six scales near absmax/6 and absmax/4 (nvfp4), the better of two exponents (mxfp4).
+            default: the best of absmax/6, absmax/4 and the E4M3 number under absmax/6 (nvfp4), the better of two exponents (mxfp4).
         act_order: quantize columns by descending second moment of their input; costs nothing at run time.
         descent_passes: how often coordinate descent goes over all codes and block scales after the solve, which visits each
             code only once; 0: not. The default is 3 for nvfp4 and 12 for mxfp4, whose scales are coarser.
         error_correction: share, 0 to 1, of the asymmetric correction that makes a layer aim at what the original model
             gives on its own inputs rather than on the quantized model's; 0 turns it off.
+        equalize: scale the channels of inputs by powers of two so that FP4 loses least, which the weights of norms and the rows
+            of v_proj and up_proj take: the model computes the same before it is quantized, and nothing at run time.
         damp_percent: added to the diagonal of the second moments, as a share of its mean.
         dataset: calibration text: a Hub dataset ``"name"`` or ``"name:config"``, a `datasets.Dataset`, a list of strings
             or of token tensors, a local .txt, .jsonl or .parquet file, or ``"builtin"``, which needs no network.
@@ -94,6 +96,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
     act_order: bool = True
     descent_passes: int | None = None
     error_correction: float = 0.35
+    equalize: bool = True
     damp_percent: float = 0.1
     dataset: Any = DEFAULT_DATASET
     tokenizer: Any = None
@@ -129,6 +132,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
         if self.descent_passes is None:
             self.descent_passes = _DESCENT_PASSES[self.fp4_format]
         _one_of("act_order", self.act_order, (True, False))
+        _one_of("equalize", self.equalize, (True, False))
         _one_of("allow_unconverted", self.allow_unconverted, (True, False))
         _one_of("trust_kernel_repo", self.trust_kernel_repo, (True, False))
         if not isinstance(self.kernel_repo, str) or self.kernel_repo.count("/") != 1:
@@ -171,7 +175,8 @@ class MRGPTQConfig(QuantizationConfigMixin):
 
     @classmethod
     def paper(cls, format: str = "nvfp4", **overrides: Any) -> MRGPTQConfig:
-        """The recipe of arXiv 2509.23202: H16 (nvfp4) or H32 (mxfp4), MSE scales, static activation order, no correction."""
+        """The recipe of arXiv 2509.23202: H16 (nvfp4) or H32 (mxfp4), MSE scales, static activation order, no correction, no
+        equalization."""
         recipe = {
             "hadamard_group_size": 16 if format == "nvfp4" else 32,
             "scale_rule": "mse",
@@ -179,6 +184,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
             "act_order": True,
             "descent_passes": 0,
             "error_correction": 0.0,
+            "equalize": False,
             "damp_percent": 0.01,
         }
         return cls(format=format, **{**recipe, **overrides})

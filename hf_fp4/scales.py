@@ -109,7 +109,7 @@ def fake_quantize_activations(
         x: float32 ``[..., K]``, already rotated.
         fmt: the format.
         rule: one of `ACTIVATION_SCALE_RULES`: ``"absmax"``; ``"four_over_six"`` (NVFP4: absmax maps to 6 or to 4);
-            ``"mse"`` (NVFP4: those two scales and their neighbours on the E4M3 grid; MXFP4: two neighbouring exponents).
+            ``"mse"`` (NVFP4: those, and the E4M3 number under absmax/6; MXFP4: two neighbouring exponents).
         global_scale: float32 ``[1]``, the static NVFP4 divisor; ``None`` takes one per token. Ignored for MXFP4.
 
     Returns:
@@ -170,15 +170,13 @@ def _candidates(
         if rule == "absmax":
             return [base]
 
-
         def moved(scale: torch.Tensor, bytes: int) -> torch.Tensor:
             code = scale.view(torch.uint8).short() + bytes
             return code.clamp(*fmt.scale_bytes).to(torch.uint8).view(torch.float8_e4m3fn)
 
         if rule == "four_over_six" or activations:
             four = fmt.encode_scale(absmax / 4 * global_scale)
-            near = [] if rule == "four_over_six" else [moved(s, d) for s in (base, four) for d in (-1, 1)]
-            return [base, four, *near]
+            return [base, four] if rule == "four_over_six" else [base, four, moved(base, -1)]
         return [moved(base, s) for s in _steps_of(fmt)]
     base = fmt.encode_scale(
         absmax / 4

@@ -42,6 +42,7 @@ from .capture import (
 )
 from .checkpoint import WorkDir, recipe, weights_fingerprint
 from .data import CalibrationData
+from .equalize import equalize, set_parameters
 from .experts import group_of
 from .forwards import paused_forwards
 from .group import new_layer
@@ -160,7 +161,9 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
                 block = _Block(blocks.modules[index], name, index, groups[index], config, threads, team)
                 reports += block.quantize(batches, work, advance=index < len(blocks.modules) - 1)
                 block.replace(model, work if streams else None)
+                kept = block.kept
                 del block
+            set_parameters(blocks.modules[index], kept)
             return_freed_memory()
             bar.set_postfix(_progress(batches, index + 1, time.perf_counter() - start, device), refresh=False)
             bar.update()
@@ -184,6 +187,8 @@ class _Block:
         self._threads, self._team = threads, team
         self._groups = [group_of(module, name, names, config, team) for names in groups]
         self._device = block_device(module)
+        self.kept: dict[str, torch.Tensor] = {}
+        """Parameters that changed and are none of a quantized linear, by name."""
 
     def quantize(self, batches: list[_Batch], work: WorkDir | None, *, advance: bool) -> list[LayerReport]:
         """Solve every group, or take the block from the work directory when an earlier run finished it.
@@ -196,6 +201,8 @@ class _Block:
         reports = self._restore(*finished) if finished else []
         if advance:
             self._advance(batches)
+        else:
+            set_parameters(self._module, self.kept)
         return reports
 
     def _solve(self, batches: list[_Batch], work: WorkDir | None, *, advance: bool) -> list[LayerReport]:
@@ -203,6 +210,10 @@ class _Block:
         solved: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         last = len(self._groups) - 1
         tokens = [batch.quantized.shape[:-1].numel() for batch in batches]
+        if self._config.equalize:
+            names = [group.names for group in self._groups]
+            first = batches[0]
+            self.kept = equalize(self._module, first.quantized, first.calls[self._index], names, self._team)
         with paused_forwards(self._module, [g.entries for g in self._groups], self._threads) as begin:
             quantized, original = [], []
             for batch in batches:
@@ -238,7 +249,8 @@ class _Block:
                 tensors = {
                     f"{n}.{k}": t for n, layer in self._layers() for k, t in layer.state_dict().items()
                 }
-                work.save(self._index, tensors, {"reports": [asdict(r) for r in reports]})
+                rows = [asdict(r) for r in reports]
+                work.save(self._index, tensors | self.kept, {"reports": rows, "kept": list(self.kept)})
             if advance:
                 for batch, forward in zip(batches, quantized, strict=True):
                     batch.quantized = forward.output()
@@ -247,10 +259,11 @@ class _Block:
     def _advance(self, batches: list[_Batch]) -> None:
         solved = {name: f for group in self._groups for name, f in group.simulated().items()}
         for batch in batches:
-            call = batch.calls[self._index]
             if batch.original is not None:
-                batch.rest(run_block(self._module, batch.original, call))
-            batch.quantized = run_block(self._module, batch.quantized, call, solved)
+                batch.rest(run_block(self._module, batch.original, batch.calls[self._index]))
+        set_parameters(self._module, self.kept)
+        for batch in batches:
+            batch.quantized = run_block(self._module, batch.quantized, batch.calls[self._index], solved)
 
     def replace(self, model: nn.Module, work: WorkDir | None) -> None:
         """Put the FP4 linears in the place of the originals, which are freed.
@@ -272,6 +285,7 @@ class _Block:
         layers = self._read(tensors, metadata, self._device)
         for group in self._groups:
             group.restore({name: layers[name] for name in group.names})
+        self.kept = {name: tensors[name].to(self._device) for name in metadata["kept"]}
         return [LayerReport(**row) for row in metadata["reports"]]
 
     def _read(

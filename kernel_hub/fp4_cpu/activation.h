@@ -77,15 +77,14 @@ INLINE int quantize_group(const float* x, Format format, Rule rule, float global
   float least = round_group(x, group, step_of(first, format, global), nullptr, rounded);
   if (rule == kAbsmax) return first;
   const int second = format == kNvfp4 ? encode_e4m3(absmax / 4.0f * global) : first < 254 ? first + 1 : 254;
-  const int near[5] = {second, first - 1, first + 1, second - 1, second + 1};
+  const int below = first > 1 ? first - 1 : 1, others[2] = {second, below};
   int best = first;
-  for (int i = 0; i < (format == kNvfp4 && rule == kMse ? 5 : 1); ++i) {
-    const int byte = i == 0 ? second : near[i] < 1 ? 1 : near[i] > 126 ? 126 : near[i];
+  for (int i = 0; i < (format == kNvfp4 && rule == kMse ? 2 : 1); ++i) {
     float other[32];
-    const float error = round_group(x, group, step_of(byte, format, global), nullptr, other);
+    const float error = round_group(x, group, step_of(others[i], format, global), nullptr, other);
     if (!(error < least)) continue;
     least = error;
-    best = byte;
+    best = others[i];
     __builtin_memcpy(rounded, other, group * sizeof(float));
   }
   return best;

@@ -63,39 +63,43 @@ __device__ __forceinline__ float amax_of(const Chunk& c) {
   return m;
 }
 
-// Rounds to q (on the E2M1 grid) under x * inverse; returns the squared error of q * step against x.
-__device__ __forceinline__ float round_block(const Chunk& c, float inverse, float step, Chunk& q) {
+// The squared error that rounding to E2M1 under x * inverse leaves, where one unit is worth `step`.
+__device__ __forceinline__ float block_error(const Chunk& c, float inverse, float step) {
   float error = 0.0f;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
-    q.v[i] = round_e2m1(c.v[i] * inverse);
-    const float d = fmaf(-q.v[i], step, c.v[i]);
+    const float magnitude = fabsf(c.v[i]), d = fmaf(-round_e2m1_magnitude(magnitude * inverse), step, magnitude);
     error = fmaf(d, d, error);
   }
   return error;
 }
 
+// Grid values under x * inverse.
+__device__ __forceinline__ void round_block(const Chunk& c, float inverse, Chunk& q) {
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) q.v[i] = round_e2m1(c.v[i] * inverse);
+}
+
 // nvfp4 block: returns the E4M3 scale byte; q holds grid values.
 __device__ __forceinline__ uint32_t quantize_nvfp4(const Chunk& c, float global, ScaleRule rule, Chunk& q) {
   const float amax = amax_of(c);
-  const int byte6 = encode_block_scale(__fdiv_rn(amax, 6.0f) * global);
-  float s = e4m3_to_float(byte6);
-  float least = round_block(c, __fdiv_rn(global, s), __fdiv_rn(s, global), q);
-  if (rule == ScaleRule::kAbsmax) return byte6;
-  const int byte4 = encode_block_scale(__fdiv_rn(amax, 4.0f) * global);
-  int best = byte6;
-#pragma unroll 1
-  for (int i = 0; i < (rule == ScaleRule::kFourOverSix ? 1 : 5); ++i) {  // byte4, byte6 -+ 1, byte4 -+ 1
-    const int byte = i == 0 ? byte4 : min(max((i < 3 ? byte6 : byte4) + (i % 2 ? -1 : 1), 1), 126);
-    Chunk other;
-    s = e4m3_to_float(byte);
-    const float error = round_block(c, __fdiv_rn(global, s), __fdiv_rn(s, global), other);
-    if (error < least) {
-      least = error;
-      best = byte;
-      q = other;
-    }
+  const uint32_t byte6 = encode_block_scale(__fdiv_rn(amax, 6.0f) * global);
+  uint32_t best = byte6;
+  if (rule != ScaleRule::kAbsmax) {
+    auto error_of = [&](uint32_t byte) {
+      const float s = e4m3_to_float(byte);
+      return block_error(c, __fdiv_rn(global, s), __fdiv_rn(s, global));
+    };
+    float least = error_of(byte6);
+    auto consider = [&](uint32_t byte) {
+      const float error = error_of(byte);
+      best = error < least ? byte : best;
+      least = fminf(error, least);
+    };
+    consider(encode_block_scale(__fdiv_rn(amax, 4.0f) * global));
+    if (rule == ScaleRule::kMse) consider(max(byte6 - 1, 1u));
   }
+  round_block(c, __fdiv_rn(global, e4m3_to_float(best)), q);
   return best;
 }
 
@@ -115,17 +119,13 @@ __device__ __forceinline__ int quantize_mxfp4(const Chunk& c, ScaleRule rule, Ch
   float amax = amax_of(c);
   amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 1));
   int e = exponent_of_block(amax);
-  float error = round_block(c, exp2_int(-e), exp2_int(e), q);
   if (rule == ScaleRule::kMse) {
-    Chunk q1;
-    float error1 = round_block(c, exp2_int(-e - 1), exp2_int(e + 1), q1);
+    float error = block_error(c, exp2_int(-e), exp2_int(e)), above = block_error(c, exp2_int(-e - 1), exp2_int(e + 1));
     error += __shfl_xor_sync(0xFFFFFFFFu, error, 1);
-    error1 += __shfl_xor_sync(0xFFFFFFFFu, error1, 1);
-    if (error1 < error) {
-      e += 1;
-      q = q1;
-    }
+    above += __shfl_xor_sync(0xFFFFFFFFu, above, 1);
+    e += above < error;
   }
+  round_block(c, exp2_int(-e), q);
   return e;
 }
 

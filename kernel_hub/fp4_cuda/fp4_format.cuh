@@ -105,10 +105,11 @@ __host__ __device__ inline int decode_scale_nvfp4(int b) {
 }
 
 // ---- Rounding -------------------------------------------------------------------------------------------------------
-// |x| rounded to the E2M1 grid. Adding and subtracting 2^23 * step rounds to a multiple of step, ties to even.
+// |x| rounded to the E2M1 grid. Adding and subtracting 2^23 * step rounds to a multiple of step, ties to even; the step is
+// half the power of two under |x|, and at least 0.5.
 __device__ __forceinline__ float round_e2m1_magnitude(float a) {
-  const float c = a < 2.0f ? 4194304.0f : (a < 4.0f ? 8388608.0f : 16777216.0f);
-  return fminf(__fsub_rn(__fadd_rn(a, c), c), 6.0f);
+  const float power = __uint_as_float(__float_as_uint(fmaxf(a, 1.0f)) & 0x7F800000u);
+  return fminf(fmaf(power, -4194304.0f, fmaf(power, 4194304.0f, a)), 6.0f);
 }
 
 __device__ __forceinline__ float round_e2m1(float x) { return copysignf(round_e2m1_magnitude(fabsf(x)), x); }

@@ -52,16 +52,9 @@ def quantize_nvfp4(x: torch.Tensor, g: torch.Tensor, rule: str):
         error = (blocks - e2m1_values(codes) * (s / g)[..., None]).square().sum(-1)
         return s, codes, error
 
-    def neighbour(s, distance):
-        code = s.to(torch.float8_e4m3fn).view(torch.uint8).int() + distance
-        return code.clamp(1, 126).to(torch.uint8).view(torch.float8_e4m3fn).float()
-
     six, four = e4m3(amax / 6 * g), e4m3(amax / 4 * g)
-    others = {
-        "absmax": [],
-        "four_over_six": [four],
-        "mse": [four, *(neighbour(near, distance) for near in (six, four) for distance in (-1, 1))],
-    }
+    below = (six.to(torch.float8_e4m3fn).view(torch.uint8).int() - 1).clamp(min=1).to(torch.uint8)
+    others = {"absmax": [], "four_over_six": [four], "mse": [four, below.view(torch.float8_e4m3fn).float()]}
     s, codes, error = under(six)
     for other in others[rule]:
         _, other_codes, other_error = under(other)

@@ -153,13 +153,8 @@ def activation_kernel(
             if RULE != ABSMAX:
                 byte6 = byte
                 byte4 = _encode_block_scale(tl.math.div_rn(amax, amax * 0 + 4.0) * gb)
-                for i in tl.static_range(0, 1 if RULE == FOUR_OVER_SIX else 5):
-                    if i == 0:
-                        other = byte4
-                    elif i < 3:
-                        other = tl.minimum(tl.maximum(byte6 + (2 * i - 3), 1), 126)
-                    else:
-                        other = tl.minimum(tl.maximum(byte4 + (2 * i - 7), 1), 126)
+                for i in tl.static_range(0, 1 if RULE == FOUR_OVER_SIX else 2):
+                    other = byte4 if i == 0 else tl.maximum(byte6 - 1, 1)
                     s_other, q_other, error_other = _under(xb, other, gb)
                     better = error_other < error
                     byte = tl.where(better, other, byte)

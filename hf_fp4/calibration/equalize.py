@@ -1,0 +1,233 @@
+"""Equalization: channels of a linear's input scaled so that FP4 loses least, by what makes the input.
+
+In blocks, rotated or not, rounding the input and the weight of a linear to FP4 costs an output error in proportion to
+
+    sum over blocks of  mean_i (d_i s_i)^2  *  mean_i (w_i / d_i)^2,
+
+where s_i is the RMS of channel i of the input, w_i that of the weight's column i, and the input is multiplied by d and the
+weight divided by it. It is least at d_i = sqrt(w_i / s_i), by Cauchy and Schwarz. The powers of two nearest to that are used,
+which change no rounding, and nothing at run time: the weight of the norm before q, k, v or gate, up takes them, the rows of
+v_proj those of o_proj's input, and the rows of up_proj those of down_proj's. (Cross-layer equalization of arXiv 1906.04721,
+with the scales that suit block formats.)
+
+Nothing here knows a model by name. What does not compute the same afterwards is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.replace import linear_at
+from .capture import BlockCall, run_block
+from .team import Team
+
+LARGEST_EXPONENT = 6
+"""Of a channel's factor, either way."""
+
+_MAKERS = {"o_proj": "v_proj", "down_proj": "up_proj"}
+"""Whose rows each channel of an input is made of, by the names of siblings."""
+
+_NORM_TOLERANCE, _BLOCK_TOLERANCE = 1e-2, 5e-2
+"""Relative errors of a norm's result and of what a block adds to its input. Both are 0 where a norm multiplies by its weight;
+where it multiplies by 1 + weight, that rounds to the weight's dtype. What reads a norm and is no linear makes much larger ones."""
+
+
+@dataclass
+class _Norm:
+    """What a norm gave in the recorded forward, and the linears that were called on it."""
+
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+    readers: list[nn.Linear] = field(default_factory=list)
+
+
+class _Recorder:
+    """Records a forward of a block: the squares of each linear's input, summed over tokens, and what reads norms' results."""
+
+    def __init__(self, block: nn.Module):
+        self.norms: dict[nn.Module, _Norm] = {}
+        self.squares: dict[nn.Linear, Tensor] = {}  # float32 [in_features]
+        self._block = block
+
+    def hooks(self) -> ExitStack:
+        """A context in which a forward is recorded."""
+        stack = ExitStack()
+        for module in self._block.modules():
+            if isinstance(module, nn.Linear):
+                stack.callback(module.register_forward_pre_hook(self._linear).remove)
+            elif _is_norm(module):
+                stack.callback(module.register_forward_hook(self._norm).remove)
+        return stack
+
+    def _norm(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.norms[module] = _Norm(module, args[0], output)
+
+    def _linear(self, module: nn.Linear, args: tuple) -> None:
+        for norm in self.norms.values():
+            if norm.output is args[0]:
+                norm.readers.append(module)
+        rows = args[0].flatten(0, -2)
+        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
+        self.squares[module] = self.squares.get(module, 0) + squares
+
+
+_Change = tuple[Tensor, Tensor]
+"""A parameter and the data that it had."""
+
+_Step = Callable[[], list[_Change]]
+
+
+@torch.no_grad()
+def equalize(
+    block: nn.Module, hidden: Tensor, call: BlockCall, groups: list[list[str]], team: Team
+) -> dict[str, Tensor]:
+    """Equalize the inputs of ``block``'s linears, in place; the statistics are those of one batch.
+
+    Args:
+        block: a decoder block whose linears are still `nn.Linear`.
+        hidden, call: what it is called with, ``hidden`` [B, T, hidden_size].
+        groups: the linears that will be quantized, by shared input; no others are changed.
+        team: everybody's statistics count.
+
+    Returns:
+        Norms' parameters that changed, by name relative to the block: they stay in the model beside the quantized linears.
+    """
+    recorder = _Recorder(block)
+    with recorder.hooks():
+        before = run_block(block, hidden, call)
+    for module in block.modules():  # in everybody's order
+        if isinstance(module, nn.Linear):
+            zeros = torch.zeros(module.in_features, device=hidden.device)
+            recorder.squares[module] = team.sum_(recorder.squares.get(module, zeros).to(hidden.device))
+    added = (before - hidden).float().norm()
+
+    def differs() -> bool:
+        after = run_block(block, hidden, call)
+        miss = ((after - before).float().norm() / added).nan_to_num(nan=torch.inf)
+        return float(team.max_(miss.view(1))) > _BLOCK_TOLERANCE
+
+    def attempt(steps: list[_Step]) -> list[_Change]:
+        changes = [change for step in steps for change in step()]
+        if not changes or not differs():
+            return changes
+        _undo(changes)
+        return []
+
+    changed = attempt(list(_row_steps(block, groups, recorder.squares)))
+    for step in _norm_steps(block, groups, recorder):
+        changed += attempt([step])
+    kept = {parameter for parameter, _ in changed}
+    norms = [(name, module) for name, module in block.named_modules() if module in recorder.norms]
+    return {
+        f"{name}.{key}": p.data for name, module in norms for key, p in module.named_parameters() if p in kept
+    }
+
+
+def set_parameters(block: nn.Module, values: dict[str, Tensor]) -> None:
+    """Give parameters of ``block`` the values that `equalize` returned, each on its own device."""
+    for name, value in values.items():
+        parameter = block.get_parameter(name)
+        parameter.data = value.to(parameter.device)
+
+
+def _row_steps(
+    block: nn.Module, groups: list[list[str]], squares: dict[nn.Linear, Tensor]
+) -> Iterator[_Step]:
+    """For inputs that are made of another linear's results, channel by channel."""
+    quantized = {name for names in groups for name in names}
+    for reader in sorted(quantized):
+        parent, _, child = reader.rpartition(".")
+        maker = f"{parent}.{_MAKERS[child]}" if child in _MAKERS else ""
+        if maker not in quantized:
+            continue
+        owner, first, second = block.get_submodule(parent), linear_at(block, maker), linear_at(block, reader)
+        if any("limit" in key for key in vars(owner)):  # its results are clamped, maybe not in this batch
+            continue
+        # Attention: each head of v_proj makes as many heads of the input as share it.
+        width = getattr(owner, "head_dim", first.out_features) if child == "o_proj" else first.out_features
+        if first.out_features % width or second.in_features % first.out_features:
+            continue
+        yield partial(_scale_rows, first, second, squares[second], width)
+
+
+def _scale_rows(first: nn.Linear, second: nn.Linear, squares: Tensor, width: int) -> list[_Change]:
+    shape = first.out_features // width, second.in_features // first.out_features, width
+    weight = second.weight.float().square().sum(0)
+    factors = _factors(squares.view(shape).sum(1), weight.view(shape).sum(1))
+    changes = [_multiply(parameter, factors.flatten()) for parameter in first.parameters()]
+    every = factors[:, None].expand(shape).flatten()
+    return [*changes, _multiply_columns(second, every.reciprocal())]
+
+
+def _norm_steps(block: nn.Module, groups: list[list[str]], recorder: _Recorder) -> Iterator[_Step]:
+    """For inputs that a norm gives, which nothing but quantized linears may read."""
+    quantized = {linear_at(block, name) for names in groups for name in names}
+    for norm in recorder.norms.values():
+        if norm.readers and quantized.issuperset(norm.readers):
+            yield partial(_scale_norm, norm, recorder.squares[norm.readers[0]])
+
+
+def _scale_norm(norm: _Norm, squares: Tensor) -> list[_Change]:
+    weight = torch.cat([reader.weight.float() for reader in norm.readers]).square().sum(0)
+    factors = _factors(squares, weight)
+    changes = [_multiply(parameter, factors) for parameter in norm.module.parameters()]
+    if not _gives(norm, factors):  # it multiplies by 1 + weight: what rounding leaves of the factors counts
+        _undo(changes)
+        parameter = next(norm.module.parameters())
+        gain = 1 + parameter.float()
+        factors = torch.where(gain.abs() < 2.0**-4, 1.0, factors)
+        changes = [(parameter, parameter.data)]
+        parameter.data = (gain * factors - 1).to(parameter.dtype)
+        factors = (1 + parameter.float()) / gain
+        if not _gives(norm, factors):
+            _undo(changes)
+            return []
+    return [*changes, *(_multiply_columns(reader, factors.reciprocal()) for reader in norm.readers)]
+
+
+def _gives(norm: _Norm, factors: Tensor) -> bool:
+    """Whether the norm now gives what it gave, times the factors."""
+    wanted = norm.output.float() * factors
+    return bool((norm.module(norm.input).float() - wanted).norm() < _NORM_TOLERANCE * wanted.norm())
+
+
+def _factors(squares: Tensor, weight: Tensor) -> Tensor:
+    """Powers of two next to ``sqrt(w / s)``, with a median of about 1, from squared w and s."""
+    exponents = 0.25 * (weight.log2() - squares.log2())
+    known = exponents.isfinite()
+    if not known.any():
+        return torch.ones_like(exponents)
+    exponents = (exponents - exponents[known].median()).round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    return torch.exp2(torch.where(known, exponents, 0.0))
+
+
+def _multiply(parameter: nn.Parameter, factors: Tensor) -> _Change:
+    """Multiply rows, or the values of a vector."""
+    change = (parameter, parameter.data)
+    factors = factors.view(-1, *(1,) * (parameter.dim() - 1))
+    parameter.data = (parameter.data * factors).to(parameter.dtype)
+    return change
+
+
+def _multiply_columns(linear: nn.Linear, factors: Tensor) -> _Change:
+    change = (linear.weight, linear.weight.data)
+    linear.weight.data = (linear.weight.data * factors).to(linear.weight.dtype)
+    return change
+
+
+def _undo(changes: list[_Change]) -> None:
+    for parameter, data in reversed(changes):
+        parameter.data = data
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it looks like a norm: its name says so, and it has a weight, and maybe a bias, per channel."""
+    parameters = list(module.parameters())
+    return "Norm" in type(module).__name__ and bool(parameters) and all(p.dim() == 1 for p in parameters)
