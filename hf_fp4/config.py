@@ -61,7 +61,8 @@ class MRGPTQConfig(QuantizationConfigMixin):
         error_correction: share, 0 to 1, of the asymmetric correction that makes a layer aim at what the original model
             gives on its own inputs rather than on the quantized model's; 0 turns it off.
         equalize: scale the channels of inputs by powers of two so that FP4 loses least, which the weights of norms and the rows
-            of v_proj and up_proj take: the model computes the same before it is quantized, and nothing at run time.
+            of v_proj and up_proj take: the model computes the same before it is quantized, and nothing at run time. The
+            default is to do so for W4A4; W4A16 gains nothing.
         damp_percent: added to the diagonal of the second moments, as a share of its mean.
         dataset: calibration text: a Hub dataset ``"name"`` or ``"name:config"``, a `datasets.Dataset`, a list of strings
             or of token tensors, a local .txt, .jsonl or .parquet file, or ``"builtin"``, which needs no network.
@@ -96,7 +97,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
     act_order: bool = True
     descent_passes: int | None = None
     error_correction: float = 0.35
-    equalize: bool = True
+    equalize: bool | None = None
     damp_percent: float = 0.1
     dataset: Any = DEFAULT_DATASET
     tokenizer: Any = None
@@ -132,6 +133,8 @@ class MRGPTQConfig(QuantizationConfigMixin):
         if self.descent_passes is None:
             self.descent_passes = _DESCENT_PASSES[self.fp4_format]
         _one_of("act_order", self.act_order, (True, False))
+        if self.equalize is None:
+            self.equalize = self.activations == "fp4"
         _one_of("equalize", self.equalize, (True, False))
         _one_of("allow_unconverted", self.allow_unconverted, (True, False))
         _one_of("trust_kernel_repo", self.trust_kernel_repo, (True, False))

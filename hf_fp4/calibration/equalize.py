@@ -182,10 +182,11 @@ def _scale_norm(norm: _Norm, squares: Tensor) -> list[_Change]:
         _undo(changes)
         parameter = next(norm.module.parameters())
         gain = 1 + parameter.float()
-        factors = torch.where(gain.abs() < 2.0**-4, 1.0, factors)
+        small = gain.abs() < 2.0**-4
+        factors = torch.where(small, 1.0, factors)
         changes = [(parameter, parameter.data)]
         parameter.data = (gain * factors - 1).to(parameter.dtype)
-        factors = (1 + parameter.float()) / gain
+        factors = torch.where(small, 1.0, (1 + parameter.float()) / gain)
         if not _gives(norm, factors):
             _undo(changes)
             return []

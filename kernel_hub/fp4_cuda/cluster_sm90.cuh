@@ -198,8 +198,8 @@ struct Division {
 // fitted, and not those of the hardware: under these its choices are best on what an H100 took for 32 to 4096 tokens.
 inline Division choose_division(const ClusterCounts& active, const BlockCost& block, int token_blocks, int row_blocks,
                                 int k_tiles) {
-  constexpr float kL2 = 8750, kMemory = 1300, kPeers = 4900;              // bytes per ns
-  constexpr float kStep = 280, kStart = 470, kShare = 1800, kAdd = 900;  // ns
+  constexpr float kL2 = 8700, kMemory = 1440, kPeers = 5900;              // bytes per ns
+  constexpr float kStep = 290, kStart = 390, kShare = 2260, kAdd = 810;  // ns
   constexpr int kSms = 132;
   Division best{1, 1};
   float best_cost = 1e30f;
