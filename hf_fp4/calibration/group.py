@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backends import fake_quantizes, quantize_input, select
+from ..backends import fake_quantize, fake_quantizes, quantize_input, select
 from ..backends.reference import compute_dtype
 from ..config import MRGPTQConfig
 from ..formats import dequantize_blocks
@@ -19,12 +19,7 @@ from ..hessian import DampedMoments, SecondMoments
 from ..layers.linear import FP4Linear
 from ..layers.replace import linear_at
 from ..rotation import HADAMARD_SIZES, rotate
-from ..scales import (
-    fake_quantize_activations,
-    input_global_scale,
-    weight_global_scale,
-    weight_scales,
-)
+from ..scales import input_global_scale, weight_global_scale, weight_scales
 from .capture import require_finite
 from .team import Team
 
@@ -154,7 +149,7 @@ class Group:
         if fake_quantizes(self._kernels, x):
             return self._quantize_input(x, self._input_scale)[0]
         assert self._rule is not None
-        return fake_quantize_activations(rotated, self._format, self._rule, self._input_scale)[0]
+        return fake_quantize(self._kernels, rotated, self._format, self._rule, self._input_scale)[0]
 
     def _quantize_input(
         self, x: torch.Tensor, scale: torch.Tensor | None
@@ -193,7 +188,7 @@ class Group:
         seen = x
         if self._rule is not None:
             divisor = input_global_scale(x.abs().amax().view(1)) if self._format.has_global_scale else None
-            values, divisor = fake_quantize_activations(x, self._format, self._rule, divisor)
+            values, divisor = fake_quantize(self._kernels, x, self._format, self._rule, divisor)
             seen = values if divisor is None else values / divisor
         return (seen @ quantized.T - x @ weight.T).square().sum()
 
