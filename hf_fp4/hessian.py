@@ -9,6 +9,9 @@ import torch
 
 from .rotation import rotate
 
+_CACHED_ROWS = 512
+"""Tokens that are converted and multiplied at a time on a CPU, so that they stay in its cache."""
+
 MAX_DAMPING_ATTEMPTS = 6
 """A failed Cholesky is tried again with ten times the damping, at most this often in all."""
 
@@ -34,15 +37,16 @@ class SecondMoments:
         Both float32, or bfloat16, whose products are exact in the float32 that they are added up in; quantized values lose
         nothing in bfloat16, and of the original stream's it keeps what the model's own activations have.
         """
-        x = _for_product(x)
-        _add_square(self._sum, x)
-        if self._cross is not None:
-            if original is None:
-                raise ValueError(
-                    "cross moments need the original stream's inputs beside the quantized stream's"
-                )
-            _add_product(self._cross, _for_product(original), x)
+        if self._cross is not None and original is None:
+            raise ValueError("cross moments need the original stream's inputs beside the quantized stream's")
         self.tokens += x.shape[0]
+        size = _CACHED_ROWS if x.device.type == "cpu" else max(len(x), 1)
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            part = _for_product(x[rows])
+            _add_square(self._sum, part)
+            if self._cross is not None and original is not None:
+                _add_product(self._cross, _for_product(original[rows]), part)
 
     @property
     def has_cross(self) -> bool:

@@ -57,6 +57,10 @@ class Kernels:
         """The package's search of block scales; None without one."""
         return None if self.module is None else self.module.search_scales
 
+    def product_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """In what a product of two large matrices of ``dtype`` takes least time; float32 adds up the same products."""
+        return self.module.fast_dtype(device) if self.module and dtype == torch.bfloat16 else dtype
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Kernels:
         return self  # a layer's copy runs the same code
 

@@ -202,13 +202,14 @@ class _Block:
         reports: list[LayerReport] = []
         solved: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         last = len(self._groups) - 1
+        unsolved = self._original()
         tokens = [batch.quantized.shape[:-1].numel() for batch in batches]
         with paused_forwards(self._module, [g.entries for g in self._groups], self._threads) as begin:
             quantized, original = [], []
             for batch in batches:
                 call = batch.calls[self._index]
                 quantized.append(begin(batch.quantized, call, solved))
-                original.append(None if batch.original is None else begin(batch.original, call, {}))
+                original.append(None if batch.original is None else begin(batch.original, call, unsolved))
             for index, group in enumerate(self._groups):
                 start = time.perf_counter()
                 wait = _fits(_HELD * group.bytes_per_token * sum(tokens), self._device)
@@ -222,7 +223,7 @@ class _Block:
                         other.abandon()
                     elif other and batch.original is not None and not wait:
                         other.abandon()
-                        original[i] = begin(batch.original, call, {})
+                        original[i] = begin(batch.original, call, unsolved)
                     if not wait:  # what is needed of it later is computed again
                         quantized[i].abandon()
                         quantized[i] = begin(batch.quantized, call, solved)
@@ -244,12 +245,15 @@ class _Block:
                     batch.quantized = forward.output()
         return reports
 
+    def _original(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        return {name: f for group in self._groups for name, f in group.original().items()}
+
     def _advance(self, batches: list[_Batch]) -> None:
         solved = {name: f for group in self._groups for name, f in group.simulated().items()}
         for batch in batches:
             call = batch.calls[self._index]
             if batch.original is not None:
-                batch.rest(run_block(self._module, batch.original, call))
+                batch.rest(run_block(self._module, batch.original, call, self._original()))
             batch.quantized = run_block(self._module, batch.quantized, call, solved)
 
     def replace(self, model: nn.Module, work: WorkDir | None) -> None:

@@ -64,6 +64,7 @@ class Group:
         self._input_scale: torch.Tensor | None = None
         self._absmax = torch.zeros(1, device=first.device)
         self._dtype = compute_dtype(first.dtype)
+        self._product_dtype = self._kernels.product_dtype(self._dtype, first.device)
         self._memo: tuple[torch.Tensor, torch.Tensor] | None = None
         self._dequantized: dict[str, torch.Tensor] = {}
         self.solved: dict[str, FP4Linear] = {}
@@ -132,7 +133,8 @@ class Group:
 
     def _note_maximum(self, x: torch.Tensor, rotated: torch.Tensor) -> None:
         """Of inputs, which must be finite."""
-        absmax = torch.linalg.vector_norm(rotated, torch.inf).float()
+        low, high = torch.aminmax(rotated)
+        absmax = torch.maximum(-low, high).float()
         if not torch.isfinite(absmax):
             require_finite(x, f"the input of {self._title}")
             require_finite(rotated, f"the rotated input of {self._title}")
@@ -305,6 +307,21 @@ class Group:
         self._dequantized[name] = weight
         self.solved[name] = layer
 
+    def original(self) -> dict[str, Callable[[Any], torch.Tensor]]:
+        """Per linear a function that computes what it does in less time; none where its own forward is as fast."""
+        if self._product_dtype == self._dtype:
+            return {}
+        return {name: partial(self._forward_original, linear) for name, linear in self._linears.items()}
+
+    def _forward_original(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        bias = None if linear.bias is None else linear.bias.to(self._product_dtype)
+        return self._product(x, linear.weight, bias)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x weight^T + bias``, added up in float32 and rounded once whatever it is computed in."""
+        dtype = self._product_dtype
+        return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
+
     def simulated(self) -> dict[str, Callable[[Any], torch.Tensor]]:
         """Per entry a function that computes what its FP4Linear will, on weights that are unpacked once per block."""
         return {name: partial(self._forward, name) for name in self.names}
@@ -316,7 +333,7 @@ class Group:
 
     def _linear(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """What the solved layer gives for an input that is rotated and quantized already."""
-        y, bias = torch.nn.functional.linear(values, self._dequantized[name]), self.solved[name].bias
+        y, bias = self._product(values, self._dequantized[name]), self.solved[name].bias
         return y if bias is None else y + bias.to(y.dtype)
 
 
