@@ -9,7 +9,7 @@ import torch
 
 from .rotation import rotate
 
-_CACHED_ROWS = 512
+CACHED_ROWS = 512
 """Tokens that are converted and multiplied at a time on a CPU, so that they stay in its cache."""
 
 MAX_DAMPING_ATTEMPTS = 6
@@ -40,7 +40,7 @@ class SecondMoments:
         if self._cross is not None and original is None:
             raise ValueError("cross moments need the original stream's inputs beside the quantized stream's")
         self.tokens += x.shape[0]
-        size = _CACHED_ROWS if x.device.type == "cpu" else max(len(x), 1)
+        size = CACHED_ROWS if x.device.type == "cpu" else max(len(x), 1)
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             part = _for_product(x[rows])

@@ -15,7 +15,7 @@ from ..backends.reference import compute_dtype
 from ..config import MRGPTQConfig
 from ..formats import dequantize_blocks
 from ..gptq import FP4Weight, activation_order, descend, output_power, round_weight, solve
-from ..hessian import DampedMoments, SecondMoments
+from ..hessian import CACHED_ROWS, DampedMoments, SecondMoments
 from ..layers.linear import FP4Linear
 from ..layers.replace import linear_at
 from ..rotation import HADAMARD_SIZES, rotate
@@ -320,7 +320,13 @@ class Group:
     def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x weight^T + bias``, added up in float32 and rounded once whatever it is computed in."""
         dtype = self._product_dtype
-        return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
+        if dtype == x.dtype:
+            return torch.nn.functional.linear(x, weight, bias)
+        weight, y = weight.to(dtype), x.new_empty(*x.shape[:-1], len(weight))
+        rows, results = (tensor.flatten(0, -2).split(CACHED_ROWS) for tensor in (x, y))
+        for row, result in zip(rows, results, strict=True):
+            result.copy_(torch.nn.functional.linear(row.to(dtype), weight, bias))
+        return y
 
     def simulated(self) -> dict[str, Callable[[Any], torch.Tensor]]:
         """Per entry a function that computes what its FP4Linear will, on weights that are unpacked once per block."""

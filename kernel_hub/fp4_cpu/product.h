@@ -1,11 +1,10 @@
 // Products of tokens with a prepared weight. Included inside an instruction set's namespace, which defines load_e4m3,
-// decode_e2m1, isa_multiply_add, kDirectTokens, kPanelTokens and kPanelBlocks, and chooses the operands: what tokens are
-// multiplied in.
+// decode_e2m1, isa_multiply_add, kPanelTokens and kPanelBlocks, and chooses the operands: what tokens are multiplied in.
 //
 // Both kinds have: Number, a token's type in memory; kSteps, how many products take the 8 k of a word; place(step), the first
 // k of a step; and multiply_add(weights, x, sum), which reads a step's numbers of one token.
-//   Direct, for a few tokens: Sum, what 16 rows add up to; sums<kGroup, kCount>(words, x, k, sum), the products of a group
-//     with kCount tokens that are k apart; scaled(sum, scale, total), total + sum * scale; rows(total).
+//   Direct, for up to kMost tokens, kTokens at a time: Sum, what 16 rows add up to; sums<kGroup, kCount>(words, x, k, sum),
+//     the products of a group with kCount tokens that are k apart; scaled(sum, scale, total), total + sum * scale; rows(total).
 //   Panel, for many: scaled(words, step, scale), values times block scales.
 
 constexpr int64_t kPanelTiles = 2, kChunkTokens = 256;
@@ -142,7 +141,7 @@ INLINE void direct_from(const Product& p, int64_t block, int64_t token) {
 
 template <class Direct, class Panel, Format kFormat>
 static void product_of(const Product& p, int64_t begin, int64_t end) {
-  if (p.m <= kDirectTokens) {
+  if (p.m <= Direct::kMost) {
     for (int64_t block = begin; block < end; ++block) direct_from<Direct, kFormat, Direct::kTokens>(p, block, 0);
     return;
   }
@@ -159,10 +158,10 @@ static void product(const Product& p, int64_t begin, int64_t end) {
 }
 
 // Direct for an operand whose weights(words, step) has one row in each place.
-template <class Operand, int kMostTokens>
+template <class Operand, int kAtATime, int kInAll>
 struct RowByRow : Operand {
   typedef Rows Sum;
-  static constexpr int kTokens = kMostTokens;
+  static constexpr int kTokens = kAtATime, kMost = kInAll;
   template <int64_t kGroup, int kCount>
   static INLINE void sums(const uint8_t* from, const typename Operand::Number* x, int64_t k, Rows* sum) {
 #pragma GCC unroll 4
