@@ -59,7 +59,7 @@ struct Bf16Operand {
 
 }  // namespace avx512
 
-using FloatProduct = avx512::RowByRow<avx512::FloatOperand, 8, 8>;
+using FloatProduct = avx512::RowByRow<avx512::FloatOperand, 4, 4>;
 using Bf16Product = avx512::RowByRow<avx512::Bf16Operand, 8, 16>;
 
 const Kernels kAvx512 = {"avx512",

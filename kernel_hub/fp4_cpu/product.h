@@ -80,6 +80,7 @@ INLINE void decode_panel(const Product& p, int64_t block, int64_t blocks, int64_
       for (int64_t first = 0; first < kTile; first += group) {
         const Rows scale =
             load_scales<kFormat>(from + kCodeBytes + first / group * kRows, p.row_scale + (block + b) * kRows);
+#pragma GCC unroll 4
         for (int64_t k8 = first; k8 < first + group; k8 += 8) {
           const Words words = load<Words>(from + k8 * 8);
 #pragma GCC unroll 8
@@ -114,6 +115,15 @@ INLINE void add_panel(const Rows* panel, int64_t k_count, const typename Operand
     for (int b = 0; b < kPanelBlocks; ++b) store(sums + t * kPanelRows + b * kRows, sum[t][b]);
 }
 
+// The tokens from `token` on, as many at a time as go.
+template <class Operand, int kCount>
+INLINE void add_panel_from(const Rows* panel, int64_t k_count, const typename Operand::Number* x, int64_t k, int64_t token,
+                           int64_t count, float* sums) {
+  for (; token + kCount <= count; token += kCount)
+    add_panel<Operand, kCount>(panel, k_count, x + token * k, k, sums + token * kPanelRows);
+  if constexpr (kCount > 1) add_panel_from<Operand, kCount / 2>(panel, k_count, x, k, token, count, sums);
+}
+
 template <class Operand, Format kFormat>
 static void panels(const Product& p, int64_t block, int64_t blocks, int64_t first, int64_t count) {
   alignas(64) float sums[kChunkTokens * kPanelRows];
@@ -124,9 +134,7 @@ static void panels(const Product& p, int64_t block, int64_t blocks, int64_t firs
     const int64_t tiles = p.k_tiles - tile < kPanelTiles ? p.k_tiles - tile : kPanelTiles;
     decode_panel<Operand, kFormat>(p, block, blocks, tile, tiles, panel);
     const auto* x = static_cast<const typename Operand::Number*>(p.tokens) + first * k + tile * kTile;
-    int64_t t = 0;
-    for (; t + kPanelTokens <= count; t += kPanelTokens) add_panel<Operand, kPanelTokens>(panel, tiles * kTile, x + t * k, k, sums + t * kPanelRows);
-    for (; t < count; ++t) add_panel<Operand, 1>(panel, tiles * kTile, x + t * k, k, sums + t * kPanelRows);
+    add_panel_from<Operand, kPanelTokens>(panel, tiles * kTile, x, k, 0, count, sums);
   }
   for (int64_t t = 0; t < count; ++t)
     for (int64_t b = 0; b < blocks; ++b) finish(p, block + b, first + t, sums + t * kPanelRows + b * kRows);
