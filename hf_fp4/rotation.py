@@ -26,8 +26,8 @@ def rotate(x: torch.Tensor, size: int | None) -> torch.Tensor:
     """
     if not size:
         return x.float()
-    # One matrix product; of a transposed matrix, a product of batches would be one small product per row.
-    return (x.float().reshape(-1, size) @ _hadamard(size, x.device)).view(x.shape)
+    # Contiguous, since a transposed matrix would be multiplied in one small product per row.
+    return (x.float().contiguous().unflatten(-1, (-1, size)) @ _hadamard(size, x.device)).flatten(-2)
 
 
 def require_divisor(size: int, in_features: int, name: str) -> None:

@@ -317,7 +317,9 @@ class Group:
         bias = None if linear.bias is None else linear.bias.to(self._product_dtype)
         return self._product(x, linear.weight, bias)
 
-    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def _product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """``x weight^T + bias``, added up in float32 and rounded once whatever it is computed in."""
         dtype = self._product_dtype
         if dtype == x.dtype:
