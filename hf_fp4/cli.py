@@ -326,7 +326,7 @@ def _add_import(commands: Any) -> None:
     parser.add_argument(
         "--activation-scale-rule",
         metavar="RULE",
-        help="block scales of activations: absmax, four_over_six (nvfp4) or mse (mxfp4) (default: absmax for nvfp4, mse for "
+        help="block scales of activations: absmax, four_over_six (nvfp4) or mse (default: absmax for nvfp4, mse for "
         "mxfp4, closest to what other runtimes do)",
     )
     _add_conversion_flags(parser)

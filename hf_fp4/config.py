@@ -53,8 +53,8 @@ class MRGPTQConfig(QuantizationConfigMixin):
         scale_rule: block scales of weights: ``"absmax"``, ``"mse"``, ``"four_over_six"`` (nvfp4 only), ``"hessian"``
             (MSE weighted by the second moments of the inputs), or ``"auto"``: ``"hessian"`` with the solver, ``"mse"``
             for ``method="rtn"``.
-        activation_scale_rule: block scales of activations: ``"absmax"``, ``"four_over_six"`` (nvfp4, its default) or
-            ``"mse"`` (mxfp4, its default: the better of two exponents).
+        activation_scale_rule: block scales of activations: ``"absmax"``, ``"four_over_six"`` (nvfp4 only) or ``"mse"``, the
+            default: the best of six scales near absmax/6 and absmax/4 (nvfp4), the better of two exponents (mxfp4).
         act_order: quantize columns by descending second moment of their input; costs nothing at run time.
         descent_passes: how often coordinate descent goes over all codes and block scales after the solve, which visits each
             code only once; 0: not. The default is 3 for nvfp4 and 12 for mxfp4, whose scales are coarser.

@@ -13,7 +13,11 @@ import torch
 from .formats import E2M1_MAX, E4M3_MAX, FP4Format, round_to_e2m1
 
 WEIGHT_SCALE_RULES = ("absmax", "mse", "four_over_six", "hessian")
-ACTIVATION_SCALE_RULES = {FP4Format.NVFP4: ("absmax", "four_over_six"), FP4Format.MXFP4: ("absmax", "mse")}
+ACTIVATION_SCALE_RULES = {
+    FP4Format.NVFP4: ("absmax", "four_over_six", "mse"),
+    FP4Format.MXFP4: ("absmax", "mse"),
+}
+"""Of each format, the default last."""
 
 FUSED_LINEARS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -104,8 +108,8 @@ def fake_quantize_activations(
     Args:
         x: float32 ``[..., K]``, already rotated.
         fmt: the format.
-        rule: one of `ACTIVATION_SCALE_RULES`: ``"absmax"``; ``"four_over_six"`` (absmax maps to 6 or to 4, NVFP4);
-            ``"mse"`` (the better of two neighbouring exponents, MXFP4).
+        rule: one of `ACTIVATION_SCALE_RULES`: ``"absmax"``; ``"four_over_six"`` (NVFP4: absmax maps to 6 or to 4);
+            ``"mse"`` (NVFP4: those two scales and their neighbours on the E4M3 grid; MXFP4: two neighbouring exponents).
         global_scale: float32 ``[1]``, the static NVFP4 divisor; ``None`` takes one per token. Ignored for MXFP4.
 
     Returns:
@@ -165,13 +169,17 @@ def _candidates(
         base = fmt.encode_scale(absmax / E2M1_MAX * global_scale)
         if rule == "absmax":
             return [base]
-        if rule == "four_over_six":
-            return [base, fmt.encode_scale(absmax / 4 * global_scale)]
-        code = base.view(torch.uint8).short()
-        return [
-            (code + s).clamp(*fmt.scale_bytes).to(torch.uint8).view(torch.float8_e4m3fn)
-            for s in _steps_of(fmt)
-        ]
+
+
+        def moved(scale: torch.Tensor, bytes: int) -> torch.Tensor:
+            code = scale.view(torch.uint8).short() + bytes
+            return code.clamp(*fmt.scale_bytes).to(torch.uint8).view(torch.float8_e4m3fn)
+
+        if rule == "four_over_six" or activations:
+            four = fmt.encode_scale(absmax / 4 * global_scale)
+            near = [] if rule == "four_over_six" else [moved(s, d) for s in (base, four) for d in (-1, 1)]
+            return [base, four, *near]
+        return [moved(base, s) for s in _steps_of(fmt)]
     base = fmt.encode_scale(
         absmax / 4
     )  # floor(log2(absmax)) - 2: 2 is the exponent of 6, the largest E2M1 value

@@ -25,8 +25,8 @@ INVALID = {
         r"scale_rule must be one of 'auto', 'absmax', 'mse', 'four_over_six', 'hessian', got ",
     ),
     "activation_scale_rule": (
-        ["mse", "hessian", "auto", 6],
-        r"activation_scale_rule for nvfp4 must be one of 'absmax', 'four_over_six', got ",
+        ["max", "hessian", "auto", 6],
+        r"activation_scale_rule for nvfp4 must be one of 'absmax', 'four_over_six', 'mse', got ",
     ),
     "act_order": ([1, 0, "static", None], r"act_order must be one of True, False, got "),
     "error_correction": (
@@ -66,7 +66,7 @@ VALID = {
     "method": ["mr-gptq", "rtn"],
     "hadamard_group_size": ["auto", None, 16, 32, 64, 128],
     "scale_rule": ["auto", "absmax", "mse", "four_over_six", "hessian"],
-    "activation_scale_rule": ["absmax", "four_over_six"],
+    "activation_scale_rule": ["absmax", "four_over_six", "mse"],
     "act_order": [True, False],
     "error_correction": [0, 0.0, 0.25, 1],
     "damp_percent": [0.001, 0.5],
@@ -137,7 +137,7 @@ def test_an_unknown_keyword_is_refused():
         MRGPTQConfig(quant_method="gptq")
 
 
-@pytest.mark.parametrize(("format", "activation_rule"), [("nvfp4", "four_over_six"), ("mxfp4", "mse")])
+@pytest.mark.parametrize(("format", "activation_rule"), [("nvfp4", "mse"), ("mxfp4", "mse")])
 def test_defaults(format, activation_rule):
     config = MRGPTQConfig(format=format)
     assert config.quant_method == "mr_gptq"

@@ -552,7 +552,7 @@ def test_scale_rules(format, rule, activation_rule, method, zoo):
     source = zoo("qwen2")
     fields = {"format": format, "method": method, **UNROTATED}
     model = quantize(source, scale_rule=rule, activation_scale_rule=activation_rule, **fields)
-    expected = activation_rule or ("four_over_six" if format == "nvfp4" else "mse")
+    expected = activation_rule or "mse"
     assert {layer.activation_scale_rule for layer in fp4_linears(model).values()} == {expected}
     assert distance(model, original(source)) < 0.7
     if rule != ("mse" if method == "rtn" else "hessian") and activation_rule is None:

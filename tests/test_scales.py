@@ -28,7 +28,7 @@ E4M3_POSITIVE = range(1, 0x7E + 1)
 WEIGHT_CASES = [(NVFP4, rule) for rule in ("absmax", "mse", "four_over_six", "hessian")] + [
     (MXFP4, rule) for rule in ("absmax", "mse", "hessian")
 ]
-ACTIVATION_CASES = [(NVFP4, "absmax"), (NVFP4, "four_over_six"), (MXFP4, "absmax"), (MXFP4, "mse")]
+ACTIVATION_CASES = [(NVFP4, "absmax"), (NVFP4, "four_over_six"), (NVFP4, "mse"), (MXFP4, "absmax"), (MXFP4, "mse")]
 
 
 def blocks_of(x, fmt):
@@ -53,6 +53,8 @@ def candidates_of(blocks, fmt, rule, global_scale, activations=False):
             return maps_to_6[None]
         if rule == "four_over_six":
             return np.stack((maps_to_6, maps_to_4))
+        if activations:
+            return np.stack([np.clip(code + s, 1, 0x7E) for code in (maps_to_6, maps_to_4) for s in (-1, 0, 1)])
         return np.stack([np.clip(maps_to_6 + s, 1, 0x7E) for s in range(-8, 7)])
     with np.errstate(divide="ignore"):
         base = np.clip(np.floor(np.log2(absmax)) - 2 + 127, 0, 254).astype(np.int64)

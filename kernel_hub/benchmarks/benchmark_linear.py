@@ -29,12 +29,12 @@ from conftest import load_variant, variant_paths
 from problems import LLAMA_8B, Mode
 
 MODES = {
-    "nvfp4_w4a4": Mode("nvfp4", "fp4", 16),
-    "mxfp4_w4a4": Mode("mxfp4", "fp4", 32),
+    "nvfp4_w4a4": Mode("nvfp4", "fp4", 16, rule="mse"),
+    "mxfp4_w4a4": Mode("mxfp4", "fp4", 32, rule="mse"),
     "nvfp4_w4a16": Mode("nvfp4", "bf16", None),
     "mxfp4_w4a16": Mode("mxfp4", "bf16", None),
-    "nvfp4_w4a4_h128_46": Mode("nvfp4", "fp4", 128, rule="four_over_six"),
-    "mxfp4_w4a4_h128_mse": Mode("mxfp4", "fp4", 128, rule="mse"),
+    "nvfp4_w4a4_absmax": Mode("nvfp4", "fp4", 16),
+    "mxfp4_w4a4_absmax": Mode("mxfp4", "fp4", 32),
 }
 COLD_BYTES = 160 << 20
 

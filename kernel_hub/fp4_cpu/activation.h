@@ -116,8 +116,16 @@ INLINE Ints choose_scales(const Groups& groups, Format format, Rule rule, float 
   const Ints first = format == kNvfp4 ? encode_e4m3(absmax / 6.0f * global) : mxfp4_bytes(absmax);
   if (rule == kAbsmax) return first;
   const Ints second = format == kNvfp4 ? encode_e4m3(absmax / 4.0f * global) : first < 254 ? first + 1 : first;
-  const Floats error = errors_under(steps_of(first, format, global), groups, nullptr);
-  return errors_under(steps_of(second, format, global), groups, nullptr) < error ? second : first;
+  const Ints near[5] = {second, first - 1, first + 1, second - 1, second + 1};
+  Floats least = errors_under(steps_of(first, format, global), groups, nullptr);
+  Ints best = first;
+  for (int i = 0; i < (format == kNvfp4 && rule == kMse ? 5 : 1); ++i) {
+    const Ints byte = i == 0 ? second : near[i] < 1 ? Ints{} + 1 : near[i] > 126 ? Ints{} + 126 : near[i];
+    const Floats error = errors_under(steps_of(byte, format, global), groups, nullptr);
+    best = error < least ? byte : best;
+    least = error < least ? error : least;
+  }
+  return best;
 }
 
 INLINE void write_codes(const float* x, const float* rounded, int64_t group, uint8_t* codes) {

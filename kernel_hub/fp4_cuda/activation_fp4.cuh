@@ -78,20 +78,25 @@ __device__ __forceinline__ float round_block(const Chunk& c, float inverse, floa
 // nvfp4 block: returns the E4M3 scale byte; q holds grid values.
 __device__ __forceinline__ uint32_t quantize_nvfp4(const Chunk& c, float global, ScaleRule rule, Chunk& q) {
   const float amax = amax_of(c);
-  uint32_t byte = encode_block_scale(__fdiv_rn(amax, 6.0f) * global);
-  float s = e4m3_to_float(byte);
-  const float error6 = round_block(c, __fdiv_rn(global, s), __fdiv_rn(s, global), q);
-  if (rule == ScaleRule::kFourOverSix) {
-    Chunk q4;
-    const uint32_t byte4 = encode_block_scale(__fdiv_rn(amax, 4.0f) * global);
-    s = e4m3_to_float(byte4);
-    const float error4 = round_block(c, __fdiv_rn(global, s), __fdiv_rn(s, global), q4);
-    if (error4 < error6) {
-      byte = byte4;
-      q = q4;
+  const int byte6 = encode_block_scale(__fdiv_rn(amax, 6.0f) * global);
+  float s = e4m3_to_float(byte6);
+  float least = round_block(c, __fdiv_rn(global, s), __fdiv_rn(s, global), q);
+  if (rule == ScaleRule::kAbsmax) return byte6;
+  const int byte4 = encode_block_scale(__fdiv_rn(amax, 4.0f) * global);
+  int best = byte6;
+#pragma unroll 1
+  for (int i = 0; i < (rule == ScaleRule::kFourOverSix ? 1 : 5); ++i) {  // byte4, byte6 -+ 1, byte4 -+ 1
+    const int byte = i == 0 ? byte4 : min(max((i < 3 ? byte6 : byte4) + (i % 2 ? -1 : 1), 1), 126);
+    Chunk other;
+    s = e4m3_to_float(byte);
+    const float error = round_block(c, __fdiv_rn(global, s), __fdiv_rn(s, global), other);
+    if (error < least) {
+      least = error;
+      best = byte;
+      q = other;
     }
   }
-  return byte;
+  return best;
 }
 
 // A token's divisor: the power of two that takes its largest value to at most 256 * 6, so that multiplying by it is exact.

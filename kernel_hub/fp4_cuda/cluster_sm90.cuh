@@ -58,6 +58,10 @@ struct ClusterPlace {
   }
 };
 
+__device__ __forceinline__ float token_scale_of(const GemmProblem& p, int token) {
+  return p.token_scale != nullptr ? p.token_scale[token * p.token_scale_stride] : 1.0f;
+}
+
 template <typename Out>
 __device__ __forceinline__ uint32_t pack_pair(float a, float b);
 template <>
@@ -72,70 +76,87 @@ __device__ __forceinline__ uint32_t pack_pair<__half>(float a, float b) {
 }
 
 // Each of the blocks that divided K adds up and writes its share of the tokens x rows. `reduce` is where every one of them
-// has its own sums, float32 [kTokens][kRows + 4]. A thread takes the same 8 rows of several tokens at a time, so that it
-// waits for what it reads once for all of them.
-template <int kTokens, int kRows, int kThreads, typename Out>
-__device__ void write_output(const GemmArgs& args, const ClusterPlace& place, uint32_t reduce, int token_block) {
+// has its own sums, float32 [kTokens][kRows + 4]. A thread takes 4 rows of the lower and of the upper half of a token's, so
+// that neighbouring lanes read neighbouring banks, and what it reads of kBatch tokens and kRanks blocks is on its way at once.
+template <int kTokens, int kRows, int kThreads, int kBatch, int kRanks, typename Out>
+__device__ __forceinline__ void write_output(const GemmArgs& args, const ClusterPlace& place, uint32_t reduce,
+                                             int token_block) {
   constexpr int kThreadsPerToken = kRows / 8, kTokensAtOnce = kThreads / kThreadsPerToken;
-  constexpr int kBatch = kTokens >= 8 * kTokensAtOnce ? 4 : kTokens >= 4 * kTokensAtOnce ? 2 : 1;
   static_assert(kThreads % kThreadsPerToken == 0);
   const GemmProblem& p = args.p;
   const int tokens = min(kTokens, p.m - token_block * kTokens), step = kTokensAtOnce * place.split;
-  const int row = threadIdx.x % kThreadsPerToken * 8, n = place.row_block * kRows + row;
-  if (n >= p.n) return;
+  const int row = threadIdx.x % kThreadsPerToken * 4, n0 = place.row_block * kRows + row;
   const Out* bias = static_cast<const Out*>(p.bias);
-  float row_scale[8], added[8];
+  float row_scale[2][4] = {}, added[2][4];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    row_scale[i] = p.row_scale[n + i] * args.factor;
-    added[i] = bias != nullptr ? static_cast<float>(bias[n + i]) : -0.0f;  // adding -0 changes nothing
+  for (int h = 0; h < 2; ++h) {
+    const int n = n0 + h * kRows / 2;
+    if (n >= p.n) break;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      row_scale[h][i] = p.row_scale[n + i] * args.factor;
+      added[h][i] = bias != nullptr ? static_cast<float>(bias[n + i]) : -0.0f;  // adding -0 changes nothing
+    }
   }
   const int first = place.part * kTokensAtOnce + threadIdx.x / kThreadsPerToken;
   for (int token = first; token < tokens; token += kBatch * step) {
-    float v[kBatch][8] = {}, token_scale[kBatch];
+    float v[kBatch][2][4] = {}, token_scale[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int m = token_block * kTokens + min(token + b * step, tokens - 1);
-      token_scale[b] = p.token_scale != nullptr ? p.token_scale[m * p.token_scale_stride] : 1.0f;
+      token_scale[b] = token_scale_of(p, m);
     }
-    for (int r = 0; r < place.split; ++r) {
+    for (int rank = 0; rank < place.split; rank += kRanks) {
+      float4 f[kRanks][kBatch][2] = {};
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const uint32_t address = reduce + (min(token + b * step, tokens - 1) * (kRows + 4) + row) * 4;
+      for (int r = 0; r < kRanks; ++r)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float4 f = load_cluster(address + h * 16, place.rank(r, place.peer));
-          v[b][4 * h] += f.x, v[b][4 * h + 1] += f.y, v[b][4 * h + 2] += f.z, v[b][4 * h + 3] += f.w;
+        for (int b = 0; b < kBatch; ++b) {
+          if (rank + r >= place.split || token + b * step >= tokens) continue;
+          const uint32_t address = reduce + ((token + b * step) * (kRows + 4) + row) * 4;
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            f[r][b][h] = load_cluster(address + h * kRows * 2, place.rank(rank + r, place.peer));
+          }
         }
-      }
+#pragma unroll
+      for (int r = 0; r < kRanks; ++r)
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            v[b][h][0] += f[r][b][h].x, v[b][h][1] += f[r][b][h].y;
+            v[b][h][2] += f[r][b][h].z, v[b][h][3] += f[r][b][h].w;
+          }
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (token + b * step >= tokens) break;
+      Out* out = static_cast<Out*>(p.out) + static_cast<int64_t>(token_block * kTokens + token + b * step) * p.n + n0;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[b][i] = v[b][i] * (row_scale[i] * token_scale[b]) + added[i];
-      const uint4 packed = make_uint4(pack_pair<Out>(v[b][0], v[b][1]), pack_pair<Out>(v[b][2], v[b][3]),
-                                      pack_pair<Out>(v[b][4], v[b][5]), pack_pair<Out>(v[b][6], v[b][7]));
-      Out* out = static_cast<Out*>(p.out) + static_cast<int64_t>(token_block * kTokens + token + b * step) * p.n + n;
-      *reinterpret_cast<uint4*>(out) = packed;
+      for (int h = 0; h < 2; ++h) {
+        if (n0 + h * kRows / 2 >= p.n) break;
+        float* x = v[b][h];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = x[i] * (row_scale[h][i] * token_scale[b]) + added[h][i];
+        *reinterpret_cast<uint2*>(out + h * kRows / 2) =
+            make_uint2(pack_pair<Out>(x[0], x[1]), pack_pair<Out>(x[2], x[3]));
+      }
     }
   }
 }
 
-// All sums of the cluster are in shared memory: waits for them, writes the results, and keeps this block alive until no
-// other reads its sums. (Nothing else may still be on its way to a block: it has waited for every copy into it, and warps
-// release only stages whose next copy it has waited for.) `block_sync` is a barrier of the kThreads threads that call this.
-template <int kTokens, int kRows, int kThreads, class Sync>
-__device__ __forceinline__ void finish(const GemmArgs& args, const ClusterPlace& place, uint32_t reduce, int token_block,
-                                       Sync block_sync) {
-  if (place.split > 1) cluster_sync();
-  else block_sync();
-  if (args.p.out_is_bf16) write_output<kTokens, kRows, kThreads, __nv_bfloat16>(args, place, reduce, token_block);
-  else write_output<kTokens, kRows, kThreads, __half>(args, place, reduce, token_block);
-  if (place.split > 1) {
-    cluster_arrive_relaxed();  // what was read has been used: nothing to wait for
-    cluster_wait();
-  }
+// The sums of a cluster that divided K are in shared memory: waits for them, writes the results, and keeps this block alive
+// until no other reads its sums. (Nothing else may still be on its way to a block: it has waited for every copy into it, and
+// warps release only stages whose next copy it has waited for.) Called by kThreads threads.
+template <int kTokens, int kRows, int kThreads, typename Out>
+__device__ __forceinline__ void add_and_write(const GemmArgs& args, const ClusterPlace& place, uint32_t reduce,
+                                              int token_block) {
+  cluster_sync();
+  if (place.split < 4) write_output<kTokens, kRows, kThreads, 2, 2, Out>(args, place, reduce, token_block);
+  else write_output<kTokens, kRows, kThreads, 1, 4, Out>(args, place, reduce, token_block);
+  cluster_arrive_relaxed();  // what was read has been used: nothing to wait for
+  cluster_wait();
 }
 
 // ---- Host: how to divide a problem ------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ struct Traits : Shape<kOperand, kTokens> {
   static constexpr int kRing = S::kStages * kStageBytes > kReduceBytes ? S::kStages * kStageBytes : kReduceBytes;
   static constexpr int kTableOffset = kRing + 256;  // after the barriers
   static constexpr int kStagingOffset = kTableOffset + (S::kE4m3 ? 256 * 8 : 0);
-  static constexpr int kSmem = kStagingOffset + (S::kItems ? kConsumers / 32 * 1024 : 0) + 128;  // 128: alignment
+  static constexpr int kSmem = kStagingOffset + kConsumers / 32 * 1024 + 128;  // 128: alignment
 };
 
 // ---- The ring ------------------------------------------------------------------------------------------------------
@@ -302,17 +302,14 @@ __device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, const ClusterP
 }
 
 template <class T, int kTokens>
-__device__ __forceinline__ void store_accumulators(float* reduce, const float (&acc)[kTokens / 2]) {
+__device__ __forceinline__ void store_accumulators(uint32_t reduce, const float (&acc)[kTokens / 2]) {
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  reduce += 2 * t * T::kReduceStride + warp * 16 + g;
+  reduce += (2 * t * T::kReduceStride + warp * 16 + g) * 4;
 #pragma unroll
-  for (int i = 0; i < kTokens / 8; ++i) {
-    float* r = reduce + i * 8 * T::kReduceStride;
-    r[0] = acc[4 * i];
-    r[T::kReduceStride] = acc[4 * i + 1];
-    r[8] = acc[4 * i + 2];
-    r[T::kReduceStride + 8] = acc[4 * i + 3];
-  }
+  for (int i = 0; i < kTokens / 8; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      store_shared4(reduce + ((8 * i + j % 2) * T::kReduceStride + j / 2 * 8) * 4, acc[4 * i + j]);
 }
 
 // Where K is not divided, each warp writes its 16 rows without the others. `staging`: 1 KB of its own, where 16 tokens at a
@@ -333,10 +330,9 @@ __device__ __forceinline__ void write_rows(const GemmArgs& args, int row_block, 
   }
   // Of the thread's tokens 8i + 2t and the next, then those 8 on. Fetched one step ahead.
   auto token_scales = [&](int i) {
-    const float* s = p.token_scale + static_cast<int64_t>(token_block) * kTokens;
     const int token = 8 * i + 2 * t;
-    return make_float4(s[min(token, tokens - 1)], s[min(token + 1, tokens - 1)], s[min(token + 8, tokens - 1)],
-                       s[min(token + 9, tokens - 1)]);
+    auto scale = [&](int m) { return token_scale_of(p, token_block * kTokens + min(m, tokens - 1)); };
+    return make_float4(scale(token), scale(token + 1), scale(token + 8), scale(token + 9));
   };
   float4 ahead = token_scales(0);
   Out* out = static_cast<Out*>(p.out) + (static_cast<int64_t>(token_block) * kTokens + lane / 2) * p.n + n0 + lane % 2 * 8;
@@ -363,6 +359,20 @@ __device__ __forceinline__ void write_rows(const GemmArgs& args, int row_block, 
 }
 
 __device__ __forceinline__ void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
+
+// The results of one item.
+template <class T, int kTokens, typename Out>
+__device__ __forceinline__ void write(const GemmArgs& args, const ClusterPlace& place, uint32_t base, int token_block,
+                                      const float (&acc)[kTokens / 2]) {
+  if (place.split == 1) {  // the ring stays as it is: it may be being filled for the next item
+    const uint32_t staging = base + T::kStagingOffset + threadIdx.x / 32 * 1024;
+    return write_rows<kTokens, Out>(args, place.row_block, token_block, staging, acc);
+  }
+  consumer_sync();  // every stage has been read: the ring becomes the reduction buffer
+  store_accumulators<T, kTokens>(base, acc);
+  add_and_write<kTokens, kRows, kConsumers, Out>(args, place, base, token_block);
+}
+
 
 template <Operand kOperand, Format kFormat, int kTokens>
 __global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOperand, kTokens>::kBlocksPerSm)
@@ -421,20 +431,8 @@ __global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOpe
         consume16<T, kOperand, kFormat, kTokens>(ring, place, k.count, acc);
       }
       grid_dependency_wait();
-      bool written = false;
-      if constexpr (T::kItems) {
-        if (place.split == 1) {  // the ring stays as it is: it is being filled for the next item
-          const uint32_t staging = base + T::kStagingOffset + threadIdx.x / 32 * 1024;
-          if (p.out_is_bf16) write_rows<kTokens, __nv_bfloat16>(args, place.row_block, token_block, staging, acc);
-          else write_rows<kTokens, __half>(args, place.row_block, token_block, staging, acc);
-          written = true;
-        }
-      }
-      if (!written) {
-        consumer_sync();  // every stage has been read: the ring becomes the reduction buffer
-        store_accumulators<T, kTokens>(reinterpret_cast<float*>(raw + (base - smem_address(raw))), acc);
-        finish<kTokens, kRows, kConsumers>(args, place, base, token_block, consumer_sync);
-      }
+      if (p.out_is_bf16) write<T, kTokens, __nv_bfloat16>(args, place, base, token_block, acc);
+      else write<T, kTokens, __half>(args, place, base, token_block, acc);
     }
   }
 }

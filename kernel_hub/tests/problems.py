@@ -62,10 +62,10 @@ SHAPES = [
 MODES = [
     Mode("nvfp4", "bf16", None),
     Mode("nvfp4", "bf16", 16, dtype="float16"),
-    Mode("nvfp4", "fp4", 16),
+    Mode("nvfp4", "fp4", 16, rule="mse"),
     Mode("nvfp4", "fp4", 128, rule="four_over_six"),
     Mode("nvfp4", "fp4", None, static=False, dtype="float16"),
-    Mode("nvfp4", "fp4", 64, rule="four_over_six", static=False),
+    Mode("nvfp4", "fp4", 64, rule="mse", static=False),
     Mode("mxfp4", "bf16", None),
     Mode("mxfp4", "bf16", 64, dtype="float16"),
     Mode("mxfp4", "fp4", 32),

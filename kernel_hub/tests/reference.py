@@ -47,17 +47,27 @@ def quantize_nvfp4(x: torch.Tensor, g: torch.Tensor, rule: str):
     g = g.view(-1, 1)
     amax = blocks.abs().amax(-1)
 
-    def under(target):
-        s = e4m3(amax / target * g)
+    def under(s):
         codes = round_e2m1(blocks * (g / s)[..., None])
         error = (blocks - e2m1_values(codes) * (s / g)[..., None]).square().sum(-1)
         return s, codes, error
 
-    s, codes, error = under(6.0)
-    if rule == "four_over_six":
-        s4, codes4, error4 = under(4.0)
-        four = error4 < error
-        s, codes = torch.where(four, s4, s), torch.where(four[..., None], codes4, codes)
+    def neighbour(s, distance):
+        code = s.to(torch.float8_e4m3fn).view(torch.uint8).int() + distance
+        return code.clamp(1, 126).to(torch.uint8).view(torch.float8_e4m3fn).float()
+
+    six, four = e4m3(amax / 6 * g), e4m3(amax / 4 * g)
+    others = {
+        "absmax": [],
+        "four_over_six": [four],
+        "mse": [four, *(neighbour(near, distance) for near in (six, four) for distance in (-1, 1))],
+    }
+    s, codes, error = under(six)
+    for other in others[rule]:
+        _, other_codes, other_error = under(other)
+        better = other_error < error
+        s, codes = torch.where(better, other, s), torch.where(better[..., None], other_codes, codes)
+        error = torch.where(better, other_error, error)
     return codes.view(x.shape), s
 
 

@@ -135,7 +135,7 @@ def test_restore_gives_the_stored_bytes(kernels, format, n, k):
 
 @pytest.mark.parametrize("hadamard", [None, 16, 32, 64, 128])
 @pytest.mark.parametrize(
-    "format, rule", [("nvfp4", "absmax"), ("nvfp4", "four_over_six"), ("mxfp4", "absmax"), ("mxfp4", "mse")]
+    "format, rule", [("nvfp4", "absmax"), ("nvfp4", "four_over_six"), ("nvfp4", "mse"), ("mxfp4", "absmax"), ("mxfp4", "mse")]
 )
 @pytest.mark.parametrize("static", [True, False])
 def test_rotate_quantize(kernels, hadamard, format, rule, static):

@@ -9,7 +9,7 @@ from . import _blackwell, _cpu, _triton
 from ._cuda import FORMATS, OPERANDS, RULES, TILE_BYTES, is_compiled
 from ._ops import ops
 
-_ALLOWED_RULES = {"nvfp4": ("absmax", "four_over_six"), "mxfp4": ("absmax", "mse")}
+_ALLOWED_RULES = {"nvfp4": ("absmax", "four_over_six", "mse"), "mxfp4": ("absmax", "mse")}
 _GROUPS = {"nvfp4": 16, "mxfp4": 32}
 # Torch 2.11 brings Triton 3.6, the first that the Blackwell kernel was compiled with.
 _FP4_TENSOR_CORES = torch.__version__ >= (2, 11)
@@ -428,7 +428,8 @@ def linear(
 
     x: bf16, fp16 or (on a CPU) fp32 [..., K]; packed, row_scale: from `prepare_weight`; bias: [N] in the dtype of x.
     activations: "fp4" (W4A4) or "bf16" (W4A16). hadamard: None, 16, 32, 64 or 128.
-    rule: "absmax", "four_over_six" (nvfp4) or "mse" (mxfp4).
+    rule: which block scales: "absmax"; "four_over_six" (nvfp4), the better of absmax/6 and absmax/4; "mse", the best of those
+        and the E4M3 numbers next to them (nvfp4), or the better of two exponents (mxfp4).
     input_global_scale: float32 [1], divisor, nvfp4 W4A4; None: per token.
     fp8: False where `fp8_exact` said so (mxfp4 W4A4): multiply in bf16 instead of E4M3.
     """

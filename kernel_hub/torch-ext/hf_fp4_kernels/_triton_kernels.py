@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 NVFP4 = tl.constexpr(0)
+ABSMAX = tl.constexpr(0)
 FOUR_OVER_SIX = tl.constexpr(1)
 MSE = tl.constexpr(2)
 
@@ -104,6 +105,15 @@ def token_amax_kernel(x_ptr, amax_ptr, M, K, HADAMARD: tl.constexpr, BM: tl.cons
 
 
 @triton.jit
+def _under(xb, byte, gb):
+    """nvfp4 blocks [.., .., 16] under scale bytes: decoded scales, grid values, squared errors."""
+    s = _decode_e4m3(byte)
+    q = _round_e2m1(xb * tl.math.div_rn(gb, s)[:, :, None])
+    d = xb - q * tl.math.div_rn(s, gb)[:, :, None]
+    return s, q, tl.sum(d * d, 2)
+
+
+@triton.jit
 def activation_kernel(
     x_ptr, global_ptr, amax_ptr, value_ptr, code_ptr, scale_ptr, token_scale_ptr, M, K,
     HADAMARD: tl.constexpr, FORMAT: tl.constexpr, RULE: tl.constexpr, QUANTIZE: tl.constexpr, PACKED: tl.constexpr,
@@ -139,18 +149,23 @@ def activation_kernel(
                 tl.store(token_scale_ptr + scale_rows, tl.math.div_rn(g * 0 + 1.0, g), mask=keep)
             gb = tl.broadcast_to(g[:, None], [BM, BLOCKS])
             byte = _encode_block_scale(tl.math.div_rn(amax, amax * 0 + 6.0) * gb)
-            s = _decode_e4m3(byte)
-            q = _round_e2m1(xb * tl.math.div_rn(gb, s)[:, :, None])
-            if RULE == FOUR_OVER_SIX:
+            s, q, error = _under(xb, byte, gb)
+            if RULE != ABSMAX:
+                byte6 = byte
                 byte4 = _encode_block_scale(tl.math.div_rn(amax, amax * 0 + 4.0) * gb)
-                s4 = _decode_e4m3(byte4)
-                q4 = _round_e2m1(xb * tl.math.div_rn(gb, s4)[:, :, None])
-                d6 = xb - q * tl.math.div_rn(s, gb)[:, :, None]
-                d4 = xb - q4 * tl.math.div_rn(s4, gb)[:, :, None]
-                four = tl.sum(d4 * d4, 2) < tl.sum(d6 * d6, 2)
-                byte = tl.where(four, byte4, byte)
-                s = tl.where(four, s4, s)
-                q = tl.where(four[:, :, None], q4, q)
+                for i in tl.static_range(0, 1 if RULE == FOUR_OVER_SIX else 5):
+                    if i == 0:
+                        other = byte4
+                    elif i < 3:
+                        other = tl.minimum(tl.maximum(byte6 + (2 * i - 3), 1), 126)
+                    else:
+                        other = tl.minimum(tl.maximum(byte4 + (2 * i - 7), 1), 126)
+                    s_other, q_other, error_other = _under(xb, other, gb)
+                    better = error_other < error
+                    byte = tl.where(better, other, byte)
+                    s = tl.where(better, s_other, s)
+                    q = tl.where(better[:, :, None], q_other, q)
+                    error = tl.where(better, error_other, error)
         else:
             if k_block == 0:
                 tl.store(token_scale_ptr + rows * 0, rows * 0 + 1.0, mask=rows == 0)
