@@ -9,6 +9,9 @@ import torch
 
 from .rotation import rotate
 
+CACHED_ROWS = 512
+"""Tokens that are converted and multiplied at a time on a CPU, so that they stay in its cache."""
+
 MAX_DAMPING_ATTEMPTS = 6
 """A failed Cholesky is tried again with ten times the damping, at most this often in all."""
 
@@ -34,14 +37,16 @@ class SecondMoments:
         Both float32, or bfloat16, whose products are exact in the float32 that they are added up in; quantized values lose
         nothing in bfloat16, and of the original stream's it keeps what the model's own activations have.
         """
-        _add_square(self._sum, x)
-        if self._cross is not None:
-            if original is None:
-                raise ValueError(
-                    "cross moments need the original stream's inputs beside the quantized stream's"
-                )
-            _add_product(self._cross, original, x)
+        if self._cross is not None and original is None:
+            raise ValueError("cross moments need the original stream's inputs beside the quantized stream's")
         self.tokens += x.shape[0]
+        size = CACHED_ROWS if x.device.type == "cpu" else max(len(x), 1)
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            part = _for_product(x[rows])
+            _add_square(self._sum, part)
+            if self._cross is not None and original is not None:
+                _add_product(self._cross, _for_product(original[rows]), part)
 
     @property
     def has_cross(self) -> bool:
@@ -76,25 +81,31 @@ class SecondMoments:
 
 def _add_square(total: torch.Tensor, x: torch.Tensor) -> None:
     """``total += x^T x`` in float32, of each panel's rows up to the panel's end: the rest is for `_mirror`."""
-    for start, stop in _panels(len(total)):
+    for start, stop in _panels(total):
         _add_product(total[start:stop, :stop], x[:, start:stop], x[:, :stop])
 
 
 def _mirror(total: torch.Tensor) -> None:
     """Fill what `_add_square` left out of a symmetric matrix."""
-    for start, stop in _panels(len(total)):
+    for start, stop in _panels(total):
         total[start:stop, stop:] = total[stop:, start:stop].T
 
 
-def _panels(features: int) -> list[tuple[int, int]]:
+def _panels(total: torch.Tensor) -> list[tuple[int, int]]:
     """First and last row of each: at most eight, none so small that its product would be slow."""
-    size = max(1024, -(-features // 8))
+    features = len(total)
+    size = max(1024 if total.is_cuda else 256, -(-features // 8))
     return [(start, min(start + size, features)) for start in range(0, features, size)]
+
+
+def _for_product(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in what `_add_product` multiplies: bfloat16 stays so where its products are added up in float32."""
+    return x if x.is_cuda and x.dtype == torch.bfloat16 else x.float()
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """``total += a^T b`` in float32."""
-    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
+    if a.dtype == b.dtype == torch.bfloat16:
         total += torch.mm(a.T, b, out_dtype=torch.float32)
     else:
         total.addmm_(a.float().T, b.float())

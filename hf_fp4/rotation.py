@@ -26,7 +26,8 @@ def rotate(x: torch.Tensor, size: int | None) -> torch.Tensor:
     """
     if not size:
         return x.float()
-    return (x.float().unflatten(-1, (-1, size)) @ _hadamard(size, x.device)).flatten(-2)
+    # Contiguous, since a transposed matrix would be multiplied in one small product per row.
+    return (x.float().contiguous().unflatten(-1, (-1, size)) @ _hadamard(size, x.device)).flatten(-2)
 
 
 def require_divisor(size: int, in_features: int, name: str) -> None:

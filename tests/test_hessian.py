@@ -52,6 +52,16 @@ def test_moments_do_not_depend_on_how_tokens_are_batched(batches):
     assert not torch.allclose(cross, cross.T, rtol=0.1)
 
 
+def test_moments_of_many_tokens_at_once():
+    """They are added up some tokens at a time, and squares in panels."""
+    x, original = torch.randn(2, 1300, 600).bfloat16()
+    moments = SecondMoments(600, torch.device("cpu"), cross=True)
+    moments.add(x, original)
+    second, cross = moments.mean()
+    torch.testing.assert_close(second.double(), moments_of(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cross.double(), original.double().T @ x.double() / 1300, rtol=1e-5, atol=1e-5)
+
+
 def test_moments_of_many_features_are_symmetric():
     """Their square is added up in panels, of which one triangle is computed."""
     x = torch.randn(64, 2100)

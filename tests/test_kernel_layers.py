@@ -303,6 +303,10 @@ def test_calibration_on_kernels(format, activations, checkpoint, monkeypatch):
     assert set(fake_kernels.fake_quantized) == {activations, "bf16"}
     assert fake_kernels.solved[-3:] == ["search", "solve", "descend"]
     assert model.config.quantization_config.static_input_scale == (format == "nvfp4" and activations == "fp4")
+    monkeypatch.setattr(fake_kernels, "fast_dtype", lambda device: torch.float32)
+    error, in_float32 = quantized()
+    assert error == pytest.approx(expected, rel=0.03), "the same products, added up in another order"
+    assert in_float32.dtype == torch.bfloat16
     fake_kernels.fake_quantized.clear()
     quantized(torch.float32)
     assert not fake_kernels.fake_quantized, "kernels take bfloat16; a float32 model is measured in float32"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..formats import FP4Format
+from ..scales import fake_quantize_activations
 from . import reference
 
 BACKENDS = ("blackwell", "cuda", "triton", "cpu", "reference")
@@ -55,6 +56,10 @@ class Kernels:
     def search_scales(self) -> Callable[..., torch.Tensor] | None:
         """The package's search of block scales; None without one."""
         return None if self.module is None else self.module.search_scales
+
+    def product_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """In what a product of two large matrices of ``dtype`` takes least time; float32 adds up the same products."""
+        return self.module.fast_dtype(device) if self.module and dtype == torch.bfloat16 else dtype
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kernels:
         return self  # a layer's copy runs the same code
@@ -133,6 +138,18 @@ def input_arguments(
         "hadamard": hadamard_size,
         "input_global_scale": input_global_scale,
     }
+
+
+def fake_quantize(
+    kernels: Kernels, x: torch.Tensor, fmt: FP4Format, rule: str, global_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`fake_quantize_activations` of float32 ``x`` [M, K], rotated already, with a static scale; by kernels that take float32."""
+    if not kernels.take(x.dtype):
+        return fake_quantize_activations(x, fmt, rule, global_scale)
+    module: Any = kernels.module
+    arguments = input_arguments(rule, None, global_scale)
+    values, _ = module.fake_quantize(x, format=fmt.value, **arguments)
+    return values.float(), global_scale
 
 
 def fake_quantizes(kernels: Kernels, x: torch.Tensor) -> bool:

@@ -209,6 +209,7 @@ class _Block:
         reports: list[LayerReport] = []
         solved: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         last = len(self._groups) - 1
+        unsolved = self._original()
         tokens = [batch.quantized.shape[:-1].numel() for batch in batches]
         if self._config.equalize:
             names = [group.names for group in self._groups]
@@ -219,7 +220,7 @@ class _Block:
             for batch in batches:
                 call = batch.calls[self._index]
                 quantized.append(begin(batch.quantized, call, solved))
-                original.append(None if batch.original is None else begin(batch.original, call, {}))
+                original.append(None if batch.original is None else begin(batch.original, call, unsolved))
             for index, group in enumerate(self._groups):
                 start = time.perf_counter()
                 wait = _fits(_HELD * group.bytes_per_token * sum(tokens), self._device)
@@ -233,7 +234,7 @@ class _Block:
                         other.abandon()
                     elif other and batch.original is not None and not wait:
                         other.abandon()
-                        original[i] = begin(batch.original, call, {})
+                        original[i] = begin(batch.original, call, unsolved)
                     if not wait:  # what is needed of it later is computed again
                         quantized[i].abandon()
                         quantized[i] = begin(batch.quantized, call, solved)
@@ -256,11 +257,15 @@ class _Block:
                     batch.quantized = forward.output()
         return reports
 
+    def _original(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        return {name: f for group in self._groups for name, f in group.original().items()}
+
     def _advance(self, batches: list[_Batch]) -> None:
         solved = {name: f for group in self._groups for name, f in group.simulated().items()}
+        unsolved = self._original()
         for batch in batches:
             if batch.original is not None:
-                batch.rest(run_block(self._module, batch.original, batch.calls[self._index]))
+                batch.rest(run_block(self._module, batch.original, batch.calls[self._index], unsolved))
         set_parameters(self._module, self.kept)
         for batch in batches:
             batch.quantized = run_block(self._module, batch.quantized, batch.calls[self._index], solved)

@@ -241,6 +241,10 @@ class ExpertsGroup(Group):
     def _weight(self, expert: int) -> torch.Tensor:
         return torch.cat([self._linears[name].weight.detach().float() for name in self._of_expert[expert]])
 
+    def original(self) -> dict[str, Callable[[Any], torch.Tensor]]:
+        """None: the projection calls its experts itself."""
+        return {}
+
     def simulated(self) -> dict[str, Callable[[Any], torch.Tensor]]:
         """The projection as its FP4 linears will compute it, on weights that are unpacked once per block."""
         return {self.entries[0]: self._forward_routed}

@@ -10,21 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backends import fake_quantizes, quantize_input, select
+from ..backends import fake_quantize, fake_quantizes, quantize_input, select
 from ..backends.reference import compute_dtype
 from ..config import MRGPTQConfig
 from ..formats import dequantize_blocks
 from ..gptq import FP4Weight, activation_order, descend, output_power, round_weight, solve
-from ..hessian import DampedMoments, SecondMoments
+from ..hessian import CACHED_ROWS, DampedMoments, SecondMoments
 from ..layers.linear import FP4Linear
 from ..layers.replace import linear_at
 from ..rotation import HADAMARD_SIZES, rotate
-from ..scales import (
-    fake_quantize_activations,
-    input_global_scale,
-    weight_global_scale,
-    weight_scales,
-)
+from ..scales import input_global_scale, weight_global_scale, weight_scales
 from .capture import require_finite
 from .team import Team
 
@@ -69,6 +64,7 @@ class Group:
         self._input_scale: torch.Tensor | None = None
         self._absmax = torch.zeros(1, device=first.device)
         self._dtype = compute_dtype(first.dtype)
+        self._product_dtype = self._kernels.product_dtype(self._dtype, first.device)
         self._memo: tuple[torch.Tensor, torch.Tensor] | None = None
         self._dequantized: dict[str, torch.Tensor] = {}
         self.solved: dict[str, FP4Linear] = {}
@@ -137,7 +133,8 @@ class Group:
 
     def _note_maximum(self, x: torch.Tensor, rotated: torch.Tensor) -> None:
         """Of inputs, which must be finite."""
-        absmax = torch.linalg.vector_norm(rotated, torch.inf).float()
+        low, high = torch.aminmax(rotated)
+        absmax = torch.maximum(-low, high).float()
         if not torch.isfinite(absmax):
             require_finite(x, f"the input of {self._title}")
             require_finite(rotated, f"the rotated input of {self._title}")
@@ -154,7 +151,7 @@ class Group:
         if fake_quantizes(self._kernels, x):
             return self._quantize_input(x, self._input_scale)[0]
         assert self._rule is not None
-        return fake_quantize_activations(rotated, self._format, self._rule, self._input_scale)[0]
+        return fake_quantize(self._kernels, rotated, self._format, self._rule, self._input_scale)[0]
 
     def _quantize_input(
         self, x: torch.Tensor, scale: torch.Tensor | None
@@ -193,7 +190,7 @@ class Group:
         seen = x
         if self._rule is not None:
             divisor = input_global_scale(x.abs().amax().view(1)) if self._format.has_global_scale else None
-            values, divisor = fake_quantize_activations(x, self._format, self._rule, divisor)
+            values, divisor = fake_quantize(self._kernels, x, self._format, self._rule, divisor)
             seen = values if divisor is None else values / divisor
         return (seen @ quantized.T - x @ weight.T).square().sum()
 
@@ -310,6 +307,29 @@ class Group:
         self._dequantized[name] = weight
         self.solved[name] = layer
 
+    def original(self) -> dict[str, Callable[[Any], torch.Tensor]]:
+        """Per linear a function that computes what it does in less time; none where its own forward is as fast."""
+        if self._product_dtype == self._dtype:
+            return {}
+        return {name: partial(self._forward_original, linear) for name, linear in self._linears.items()}
+
+    def _forward_original(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        bias = None if linear.bias is None else linear.bias.to(self._product_dtype)
+        return self._product(x, linear.weight, bias)
+
+    def _product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x weight^T + bias``, added up in float32 and rounded once whatever it is computed in."""
+        dtype = self._product_dtype
+        if dtype == x.dtype:
+            return torch.nn.functional.linear(x, weight, bias)
+        weight, y = weight.to(dtype), x.new_empty(*x.shape[:-1], len(weight))
+        rows, results = (tensor.flatten(0, -2).split(CACHED_ROWS) for tensor in (x, y))
+        for row, result in zip(rows, results, strict=True):
+            result.copy_(torch.nn.functional.linear(row.to(dtype), weight, bias))
+        return y
+
     def simulated(self) -> dict[str, Callable[[Any], torch.Tensor]]:
         """Per entry a function that computes what its FP4Linear will, on weights that are unpacked once per block."""
         return {name: partial(self._forward, name) for name in self.names}
@@ -321,7 +341,7 @@ class Group:
 
     def _linear(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """What the solved layer gives for an input that is rotated and quantized already."""
-        y, bias = torch.nn.functional.linear(values, self._dequantized[name]), self.solved[name].bias
+        y, bias = self._product(values, self._dequantized[name]), self.solved[name].bias
         return y if bias is None else y + bias.to(y.dtype)
 
 

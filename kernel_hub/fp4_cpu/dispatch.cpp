@@ -20,8 +20,10 @@ Choice choices() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.kernels[found.count++] = &kAvx512Bf16;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16"), slow = __builtin_cpu_is("intel");  // two cycles each
+  if (bf16 && !slow) found.kernels[found.count++] = &kAvx512Bf16;
   if (avx512) found.kernels[found.count++] = &kAvx512;
+  if (bf16 && slow) found.kernels[found.count++] = &kAvx512Bf16;
   if (avx2) found.kernels[found.count++] = &kAvx2;
 #endif
   found.kernels[found.count++] = &kPortable;

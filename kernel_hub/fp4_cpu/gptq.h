@@ -57,19 +57,14 @@ struct RowSteps {
   Rows unit, inverse;
 };
 
-INLINE RowSteps steps_of(const Ints (&byte)[kParts], Format format, const float* global) {
-  RowSteps steps;
+INLINE RowSteps row_steps(const Ints (&byte)[kParts], Format format, const float* global) {
+  RowSteps rows;
   EACH_PART {
-    if (format == kMxfp4) {
-      steps.unit.part[p] = decode_e8m0(byte[p]);
-      steps.inverse.part[p] = decode_e8m0(254 - byte[p]);
-    } else {
-      const Floats scale = decode_e4m3(byte[p]);
-      steps.unit.part[p] = scale / *global;
-      steps.inverse.part[p] = *global / scale;
-    }
+    const Steps steps = steps_of(byte[p], format, format == kNvfp4 ? *global : 1.0f);
+    rows.unit.part[p] = steps.unit;
+    rows.inverse.part[p] = steps.inverse;
   }
-  return steps;
+  return rows;
 }
 
 // Moves each row's scale to a neighbour on its grid, and the values with it, where that lowers the error.
@@ -85,7 +80,7 @@ INLINE void rescale(const DescendBlock& d, const float* square, Rows* values, Ro
       byte[p] = stored[p] + move;
       byte[p] = byte[p] < low ? Ints{} + low : byte[p] > high ? Ints{} + high : byte[p];
     }
-    const RowSteps steps = steps_of(byte, d.format, d.global);
+    const RowSteps steps = row_steps(byte, d.format, d.global);
     Rows difference[32], error = {};
     for (int i = 0; i < size; ++i)
       EACH_PART difference[i].part[p] =
@@ -121,7 +116,7 @@ static void descend(const DescendBlock& d, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < kRows; ++i) bytes[i] = i < rows ? scale[i] : 127;
       Ints stored[kParts];
       load_bytes(bytes, stored);
-      const RowSteps steps = steps_of(stored, d.format, d.global);
+      const RowSteps steps = row_steps(stored, d.format, d.global);
       for (int64_t i = 0; i < size; ++i) {
         values[i] = load_rows(d.current + (first + i) * d.n + row, rows, 0.0f);
         moved[i] = values[i];

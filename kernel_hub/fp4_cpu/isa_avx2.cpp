@@ -9,7 +9,7 @@
 namespace fp4_cpu {
 namespace avx2 {
 
-constexpr int kWidth = 8, kPanelTokens = 4, kDirectTokens = 4, kPanelBlocks = 1;
+constexpr int kWidth = 8, kPanelTokens = 4, kPanelBlocks = 1;
 
 #include "simd.h"
 
@@ -38,7 +38,7 @@ INLINE Rows load_e4m3(const uint8_t* bytes) {
 // A few tokens: bytes of codes become bf16 in two look-ups, and these floats, so that a row's four k lie side by side.
 struct FourByFour {
   typedef float Number;
-  static constexpr int kTokens = 2;
+  static constexpr int kTokens = 2, kMost = 4;
   struct Sum {
     Floats part[8];  // 4 h + c: rows 8 h + c and 8 h + c + 4
   };

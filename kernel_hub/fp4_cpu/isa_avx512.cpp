@@ -9,7 +9,7 @@
 namespace fp4_cpu {
 namespace avx512 {
 
-constexpr int kWidth = 16, kPanelTokens = 8, kDirectTokens = 16, kPanelBlocks = 2;
+constexpr int kWidth = 16, kPanelTokens = 8, kPanelBlocks = 2;
 
 #include "simd.h"
 
@@ -59,8 +59,8 @@ struct Bf16Operand {
 
 }  // namespace avx512
 
-using FloatProduct = avx512::RowByRow<avx512::FloatOperand, 8>;
-using Bf16Product = avx512::RowByRow<avx512::Bf16Operand, 8>;
+using FloatProduct = avx512::RowByRow<avx512::FloatOperand, 4, 4>;
+using Bf16Product = avx512::RowByRow<avx512::Bf16Operand, 8, 16>;
 
 const Kernels kAvx512 = {"avx512",
                          false,

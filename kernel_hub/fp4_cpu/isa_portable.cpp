@@ -4,7 +4,7 @@
 namespace fp4_cpu {
 namespace portable {
 
-constexpr int kWidth = 4, kPanelTokens = 2, kDirectTokens = 4, kPanelBlocks = 1;
+constexpr int kWidth = 4, kPanelTokens = 2, kPanelBlocks = 1;
 
 #include "simd.h"
 
@@ -33,7 +33,7 @@ INLINE Rows load_e4m3(const uint8_t* bytes) {
 
 const Kernels kPortable = {
     "portable",        false,
-    portable::activation, portable::product<portable::RowByRow<portable::FloatOperand, 2>, portable::FloatOperand>,
+    portable::activation, portable::product<portable::RowByRow<portable::FloatOperand, 2, 4>, portable::FloatOperand>,
     nullptr,           portable::solve,
     portable::descend, portable::scales};
 

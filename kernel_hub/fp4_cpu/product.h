@@ -1,11 +1,10 @@
 // Products of tokens with a prepared weight. Included inside an instruction set's namespace, which defines load_e4m3,
-// decode_e2m1, isa_multiply_add, kDirectTokens, kPanelTokens and kPanelBlocks, and chooses the operands: what tokens are
-// multiplied in.
+// decode_e2m1, isa_multiply_add, kPanelTokens and kPanelBlocks, and chooses the operands: what tokens are multiplied in.
 //
 // Both kinds have: Number, a token's type in memory; kSteps, how many products take the 8 k of a word; place(step), the first
 // k of a step; and multiply_add(weights, x, sum), which reads a step's numbers of one token.
-//   Direct, for a few tokens: Sum, what 16 rows add up to; sums<kGroup, kCount>(words, x, k, sum), the products of a group
-//     with kCount tokens that are k apart; scaled(sum, scale, total), total + sum * scale; rows(total).
+//   Direct, for up to kMost tokens, kTokens at a time: Sum, what 16 rows add up to; sums<kGroup, kCount>(words, x, k, sum),
+//     the products of a group with kCount tokens that are k apart; scaled(sum, scale, total), total + sum * scale; rows(total).
 //   Panel, for many: scaled(words, step, scale), values times block scales.
 
 constexpr int64_t kPanelTiles = 2, kChunkTokens = 256;
@@ -81,6 +80,7 @@ INLINE void decode_panel(const Product& p, int64_t block, int64_t blocks, int64_
       for (int64_t first = 0; first < kTile; first += group) {
         const Rows scale =
             load_scales<kFormat>(from + kCodeBytes + first / group * kRows, p.row_scale + (block + b) * kRows);
+#pragma GCC unroll 4
         for (int64_t k8 = first; k8 < first + group; k8 += 8) {
           const Words words = load<Words>(from + k8 * 8);
 #pragma GCC unroll 8
@@ -115,6 +115,15 @@ INLINE void add_panel(const Rows* panel, int64_t k_count, const typename Operand
     for (int b = 0; b < kPanelBlocks; ++b) store(sums + t * kPanelRows + b * kRows, sum[t][b]);
 }
 
+// The tokens from `token` on, as many at a time as go.
+template <class Operand, int kCount>
+INLINE void add_panel_from(const Rows* panel, int64_t k_count, const typename Operand::Number* x, int64_t k, int64_t token,
+                           int64_t count, float* sums) {
+  for (; token + kCount <= count; token += kCount)
+    add_panel<Operand, kCount>(panel, k_count, x + token * k, k, sums + token * kPanelRows);
+  if constexpr (kCount > 1) add_panel_from<Operand, kCount / 2>(panel, k_count, x, k, token, count, sums);
+}
+
 template <class Operand, Format kFormat>
 static void panels(const Product& p, int64_t block, int64_t blocks, int64_t first, int64_t count) {
   alignas(64) float sums[kChunkTokens * kPanelRows];
@@ -125,9 +134,7 @@ static void panels(const Product& p, int64_t block, int64_t blocks, int64_t firs
     const int64_t tiles = p.k_tiles - tile < kPanelTiles ? p.k_tiles - tile : kPanelTiles;
     decode_panel<Operand, kFormat>(p, block, blocks, tile, tiles, panel);
     const auto* x = static_cast<const typename Operand::Number*>(p.tokens) + first * k + tile * kTile;
-    int64_t t = 0;
-    for (; t + kPanelTokens <= count; t += kPanelTokens) add_panel<Operand, kPanelTokens>(panel, tiles * kTile, x + t * k, k, sums + t * kPanelRows);
-    for (; t < count; ++t) add_panel<Operand, 1>(panel, tiles * kTile, x + t * k, k, sums + t * kPanelRows);
+    add_panel_from<Operand, kPanelTokens>(panel, tiles * kTile, x, k, 0, count, sums);
   }
   for (int64_t t = 0; t < count; ++t)
     for (int64_t b = 0; b < blocks; ++b) finish(p, block + b, first + t, sums + t * kPanelRows + b * kRows);
@@ -142,7 +149,7 @@ INLINE void direct_from(const Product& p, int64_t block, int64_t token) {
 
 template <class Direct, class Panel, Format kFormat>
 static void product_of(const Product& p, int64_t begin, int64_t end) {
-  if (p.m <= kDirectTokens) {
+  if (p.m <= Direct::kMost) {
     for (int64_t block = begin; block < end; ++block) direct_from<Direct, kFormat, Direct::kTokens>(p, block, 0);
     return;
   }
@@ -159,10 +166,10 @@ static void product(const Product& p, int64_t begin, int64_t end) {
 }
 
 // Direct for an operand whose weights(words, step) has one row in each place.
-template <class Operand, int kMostTokens>
+template <class Operand, int kAtATime, int kInAll>
 struct RowByRow : Operand {
   typedef Rows Sum;
-  static constexpr int kTokens = kMostTokens;
+  static constexpr int kTokens = kAtATime, kMost = kInAll;
   template <int64_t kGroup, int kCount>
   static INLINE void sums(const uint8_t* from, const typename Operand::Number* x, int64_t k, Rows* sum) {
 #pragma GCC unroll 4

@@ -53,22 +53,16 @@ INLINE Floats decode_e4m3(Ints byte) {
   return byte < 8 ? __builtin_convertvector(byte, Floats) * 0x1p-9f : normal;
 }
 
-INLINE float decode_e4m3(int byte) {
-  return byte < 8 ? static_cast<float>(byte) * 0x1p-9f : as_float((static_cast<uint32_t>(byte) << 20) + (120u << 23));
-}
-
-// Nearest E4M3 byte of a positive number, ties to even, saturating, never zero.
-INLINE int encode_e4m3(float x) {
-  x = x > 0x1p-9f ? x : 0x1p-9f;
-  x = x < 448.0f ? x : 448.0f;
-  if (x < 0x1p-6f) return static_cast<int>((x * 512.0f + 8388608.0f) - 8388608.0f);
-  const uint32_t u = bits(x);
-  return static_cast<int>((u + 0x7ffff + ((u >> 20) & 1)) >> 20) - (120 << 3);
+// Nearest E4M3 bytes of positive numbers, ties to even, saturating, never zero.
+INLINE Ints encode_e4m3(Floats x) {
+  x = x > 0x1p-9f ? x : all(0x1p-9f);
+  x = x < 448.0f ? x : all(448.0f);
+  const Ints u = bits(x), normal = ((u + 0x7ffff + ((u >> 20) & 1)) >> 20) - (120 << 3);
+  return x < 0x1p-6f ? __builtin_convertvector((x * 512.0f + 8388608.0f) - 8388608.0f, Ints) : normal;
 }
 
 // 2^(byte - 127); what a byte of 0 stands for is a denormal float.
 INLINE Floats decode_e8m0(Ints byte) { return as_floats(byte == 0 ? Ints{} + 0x400000 : byte << 23); }
-INLINE float decode_e8m0(int byte) { return as_float(byte == 0 ? 0x400000u : static_cast<uint32_t>(byte) << 23); }
 
 INLINE float from_bf16(uint16_t x) { return as_float(static_cast<uint32_t>(x) << 16); }
 
@@ -85,6 +79,21 @@ INLINE float load_number(const void* from, bool is_bf16, int64_t i) {
 INLINE void store_number(void* to, bool is_bf16, int64_t i, float x) {
   if (is_bf16) static_cast<uint16_t*>(to)[i] = to_bf16(x);
   else static_cast<float*>(to)[i] = x;
+}
+
+typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+
+// kWidth numbers from the i-th on.
+INLINE Floats load_numbers(const void* from, bool is_bf16, int64_t i) {
+  if (!is_bf16) return load<Floats>(static_cast<const float*>(from) + i);
+  return as_floats(__builtin_convertvector(load<Halves>(static_cast<const uint16_t*>(from) + i), Ints) << 16);
+}
+
+INLINE void store_numbers(void* to, bool is_bf16, int64_t i, Floats x) {
+  if (!is_bf16) return store(static_cast<float*>(to) + i, x);
+  const Ints u = bits(x), upper = (u >> 16) & 0xffff, nearest = ((u + 0x7fff + (upper & 1)) >> 16) & 0xffff;
+  const Ints rounded = x == x ? nearest : upper | 0x40;
+  store(static_cast<uint16_t*>(to) + i, __builtin_convertvector(rounded, Halves));
 }
 
 // 16 bytes as 16 integers.

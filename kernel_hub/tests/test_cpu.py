@@ -114,6 +114,11 @@ def test_nan_stays_in_its_token(kernels, isa, format, activations):
     assert y[1].isnan().all() and torch.isfinite(y[[0, 2]]).all()
 
 
+def test_fast_dtype_is_bf16_where_a_processor_multiplies_it(kernels, isa):
+    fast = isa == "avx512_bf16" or torch.cpu._is_amx_tile_supported()
+    assert kernels.fast_dtype(torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
+
+
 def test_an_instruction_set_that_is_not_there_is_refused(kernels, monkeypatch):
     monkeypatch.setenv("HF_FP4_CPU_ISA", "amx")
     with pytest.raises(

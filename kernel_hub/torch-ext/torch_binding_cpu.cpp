@@ -209,17 +209,26 @@ std::tuple<Tensor, Tensor, Tensor> cpu_rotate_quantize(const Tensor& x, const st
   return {codes, scales, token_scale};
 }
 
-std::tuple<Tensor, Tensor> cpu_prepare_activation(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
-                                                  bool quantize, int64_t hadamard, int64_t rule) {
+// Tokens as a product takes them, in bf16 or float.
+std::tuple<Tensor, Tensor> prepare_tokens(const Tensor& x, const std::optional<Tensor>& global, int64_t format, bool quantize,
+                                          int64_t hadamard, int64_t rule, bool as_bf16) {
   Activation a = activation_problem(x, global, format, hadamard, rule, quantize);
   const int64_t tokens = tokens_of(x);
   Tensor token_scale = new_token_scale(x, a, tokens);
-  a.values_are_bf16 = a.x_is_bf16 || quantize;  // which holds quantized values exactly
-  Tensor values = new_tensor(x, {tokens, a.k_padded}, a.values_are_bf16 ? ScalarType::BFloat16 : ScalarType::Float);
+  a.values_are_bf16 = as_bf16;
+  Tensor values = new_tensor(x, {tokens, a.k_padded}, as_bf16 ? ScalarType::BFloat16 : ScalarType::Float);
   a.values = values.data_ptr();
   a.token_scale = quantize ? data<float>(token_scale) : nullptr;
   run_activation(a, tokens);
   return {values, token_scale};
+}
+
+// Quantized tokens are exact in bf16.
+bool fit_bf16(const Tensor& x, bool quantize) { return quantize || x.scalar_type() == ScalarType::BFloat16; }
+
+std::tuple<Tensor, Tensor> cpu_prepare_activation(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
+                                                  bool quantize, int64_t hadamard, int64_t rule) {
+  return prepare_tokens(x, global, format, quantize, hadamard, rule, fit_bf16(x, quantize));
 }
 
 Tensor cpu_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
@@ -260,11 +269,11 @@ Tensor cpu_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& p
 
 Tensor cpu_linear(const Tensor& x, const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
                   const std::optional<Tensor>& global, bool quantize, int64_t hadamard, int64_t rule) {
-  const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16;
-  if (!quantize && hadamard == 0 && x.size(-1) == packed.size(1) * kTile && x.is_contiguous())
+  const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16, as_bf16 = fit_bf16(x, quantize) && kernels().bf16_products;
+  if (!quantize && hadamard == 0 && as_bf16 == out_is_bf16 && x.size(-1) == packed.size(1) * kTile && x.is_contiguous())
     return cpu_gemm(torch::stable::view(x, {tokens_of(x), x.size(-1)}), new_tensor(x, {0}, ScalarType::Float), packed, row_scale,
                     bias, out_is_bf16);
-  auto [tokens, token_scale] = cpu_prepare_activation(x, global, format_of(packed), quantize, hadamard, rule);
+  auto [tokens, token_scale] = prepare_tokens(x, global, format_of(packed), quantize, hadamard, rule, as_bf16);
   return cpu_gemm(tokens, token_scale, packed, row_scale, bias, out_is_bf16);
 }
 
