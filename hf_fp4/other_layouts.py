@@ -169,6 +169,7 @@ class OtherLayout:
             act_order=False,
             descent_passes=0,
             error_correction=0.0,
+            equalize=False,
             dataset=came_from,
             modules=sizes,
             calibration={"dataset": came_from} if self.static_input_scale else None,

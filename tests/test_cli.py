@@ -86,6 +86,7 @@ def test_every_field_that_is_given_arrives(original, text_file, tmp_path, monkey
         "scale_rule": "absmax",
         "activation_scale_rule": "absmax",
         "act_order": False,
+        "equalize": False,
         "descent_passes": 2,
         "error_correction": 0.5,
         "damp_percent": 0.02,

@@ -29,6 +29,7 @@ INVALID = {
         r"activation_scale_rule for nvfp4 must be one of 'absmax', 'four_over_six', 'mse', got ",
     ),
     "act_order": ([1, 0, "static", None], r"act_order must be one of True, False, got "),
+    "equalize": ([1, 0, "norms"], r"equalize must be one of True, False, got "),
     "error_correction": (
         [-0.01, 1.01, float("nan"), float("inf"), "0.5", None, True],
         r"error_correction must be between 0 and 1, got ",
@@ -68,6 +69,7 @@ VALID = {
     "scale_rule": ["auto", "absmax", "mse", "four_over_six", "hessian"],
     "activation_scale_rule": ["absmax", "four_over_six", "mse"],
     "act_order": [True, False],
+    "equalize": [True, False],
     "error_correction": [0, 0.0, 0.25, 1],
     "damp_percent": [0.001, 0.5],
     "descent_passes": [0, 10],
@@ -89,6 +91,7 @@ CHANGED = {
     "scale_rule": "hessian",
     "activation_scale_rule": "absmax",
     "act_order": False,
+    "equalize": False,
     "descent_passes": 1,
     "error_correction": 0.5,
     "damp_percent": 0.02,
@@ -283,3 +286,9 @@ def test_paths_of_this_machine_do_not_get_into_json(tmp_path):
     assert str(tmp_path) not in json.dumps(config.to_dict())
     config.calibration = {"dataset": "the file text.txt", "fingerprint": "ab", "tokens": 8}
     assert config.to_dict()["dataset"] == "the file text.txt"
+
+
+def test_w4a4_is_equalized_by_default():
+    assert MRGPTQConfig().equalize is True
+    assert MRGPTQConfig(activations="bf16").equalize is False
+    assert MRGPTQConfig.paper().equalize is False

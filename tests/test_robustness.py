@@ -360,6 +360,7 @@ LIKELY = {
     "scale_rule": ["auto", "mse", "four_over_six"],
     "activation_scale_rule": [None, "absmax", "mse", "four_over_six"],
     "act_order": [True, False, 1],
+    "equalize": [None, True, False, 0],
     "descent_passes": [0, 3, 3.0],
     "error_correction": [0, 0.5, 1, 1.5],
     "damp_percent": [0.1, 1, "0.1"],
