@@ -179,15 +179,21 @@ def _run_grouped_gemm(tokens, token_scale, index, offsets, packed, row_scale, bi
     out = tokens.new_zeros((count, n), dtype=out_dtype)  # rows of no expert
     if count > 0:
         format = NVFP4 if packed.shape[2] == k // 2 + k // 16 else 1
-        mean = count / experts
-        block_m = 16 if mean <= 16 else 32 if mean <= 32 else 64
+        block_m, block_n, block_k, warps, stages = _grouped_tile(count / experts)
         # Every expert with rows has at most one block that is not full.
-        grid = (count // block_m + min(experts, count), (n + 63) // 64)
+        grid = (count // block_m + min(experts, count), -(-n // block_n))
         kernels.grouped_gemm_kernel[grid](
             tokens, offsets if index is None else index, offsets, packed, row_scale, token_scale,
             row_scale if bias is None else bias, out, experts, n, k, 1 if token_scale.shape[0] > 1 else 0,
             FORMAT=format, GATHER=index is not None, HAS_TOKEN_SCALE=token_scale.shape[0] > 0,
             HAS_BIAS=bias is not None, EXPERTS=max(2, 1 << (experts - 1).bit_length()),
-            BM=block_m, BN=64, BK=128, num_warps=4, num_stages=2,
+            BM=block_m, BN=block_n, BK=block_k, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
+
+
+def _grouped_tile(rows):
+    """Rows, output features, input features, warps and stages of a block, by rows per expert on average."""
+    if rows <= 16:
+        return 16, 64, 128, 4, 2
+    return (32, 64, 128, 4, 2) if rows <= 32 else (64, 64, 128, 4, 2)
