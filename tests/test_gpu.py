@@ -207,13 +207,13 @@ def compiled_logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_compiled_without_graph_breaks(model, original):
-    """The compiler rounds elsewhere, so that codes of activations differ; quantization itself must differ more."""
+    """The compiler rounds elsewhere, so that codes of activations differ; the result must be as near the original model's."""
     ids = tiny_tokens(1, 48).cuda()
     unquantized = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16, device_map="cuda")
     with torch.no_grad():
         expected, exact = model(ids, use_cache=False).logits, unquantized(ids, use_cache=False).logits
-    error, quantization = (relative_error(a, expected) for a in (compiled_logits(model, ids), exact))
-    assert error < quantization / 2
+    compiled, eager = (relative_error(logits, exact) for logits in (compiled_logits(model, ids), expected))
+    assert compiled < 1.2 * eager
 
 
 def test_compiled_weight_only_model(weight_only_model):

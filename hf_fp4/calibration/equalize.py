@@ -94,7 +94,7 @@ def equalize(
         block: a decoder block whose linears are still `nn.Linear`.
         hidden, call: what it is called with, ``hidden`` [B, T, hidden_size].
         groups: the linears that will be quantized, by shared input; no others are changed.
-        team: everybody's statistics count.
+        team: the first process's statistics are everybody's, which are those of a process alone.
 
     Returns:
         Norms' parameters that changed, by name relative to the block: they stay in the model beside the quantized linears.
@@ -104,8 +104,10 @@ def equalize(
         before = run_block(block, hidden, call)
     for module in block.modules():  # in everybody's order
         if isinstance(module, nn.Linear):
-            zeros = torch.zeros(module.in_features, device=hidden.device)
-            recorder.squares[module] = team.sum_(recorder.squares.get(module, zeros).to(hidden.device))
+            squares = torch.zeros(module.in_features, device=hidden.device)
+            if team.rank == 0 and module in recorder.squares:
+                squares += recorder.squares[module]
+            recorder.squares[module] = team.sum_(squares)
     added = (before - hidden).float().norm()
 
     def differs() -> bool:
@@ -121,7 +123,7 @@ def equalize(
         return []
 
     changed = attempt(list(_row_steps(block, groups, recorder.squares)))
-    for step in _norm_steps(block, groups, recorder):
+    for step in _norm_steps(block, groups, recorder, team):
         changed += attempt([step])
     kept = {parameter for parameter, _ in changed}
     norms = [(name, module) for name, module in block.named_modules() if module in recorder.norms]
@@ -166,19 +168,23 @@ def _scale_rows(first: nn.Linear, second: nn.Linear, squares: Tensor, width: int
     return [*changes, _multiply_columns(second, every.reciprocal())]
 
 
-def _norm_steps(block: nn.Module, groups: list[list[str]], recorder: _Recorder) -> Iterator[_Step]:
+def _norm_steps(
+    block: nn.Module, groups: list[list[str]], recorder: _Recorder, team: Team
+) -> Iterator[_Step]:
     """For inputs that a norm gives, which nothing but quantized linears may read."""
     quantized = {linear_at(block, name) for names in groups for name in names}
     for norm in recorder.norms.values():
         if norm.readers and quantized.issuperset(norm.readers):
-            yield partial(_scale_norm, norm, recorder.squares[norm.readers[0]])
+            yield partial(_scale_norm, norm, recorder.squares[norm.readers[0]], team)
 
 
-def _scale_norm(norm: _Norm, squares: Tensor) -> list[_Change]:
+def _scale_norm(norm: _Norm, squares: Tensor, team: Team) -> list[_Change]:
     weight = torch.cat([reader.weight.float() for reader in norm.readers]).square().sum(0)
     factors = _factors(squares, weight)
     changes = [_multiply(parameter, factors) for parameter in norm.module.parameters()]
-    if not _gives(norm, factors):  # it multiplies by 1 + weight: what rounding leaves of the factors counts
+    if not _gives(
+        norm, factors, team
+    ):  # it multiplies by 1 + weight: what rounding leaves of the factors counts
         _undo(changes)
         parameter = next(norm.module.parameters())
         gain = 1 + parameter.float()
@@ -187,16 +193,17 @@ def _scale_norm(norm: _Norm, squares: Tensor) -> list[_Change]:
         changes = [(parameter, parameter.data)]
         parameter.data = (gain * factors - 1).to(parameter.dtype)
         factors = torch.where(small, 1.0, (1 + parameter.float()) / gain)
-        if not _gives(norm, factors):
+        if not _gives(norm, factors, team):
             _undo(changes)
             return []
     return [*changes, *(_multiply_columns(reader, factors.reciprocal()) for reader in norm.readers)]
 
 
-def _gives(norm: _Norm, factors: Tensor) -> bool:
-    """Whether the norm now gives what it gave, times the factors."""
+def _gives(norm: _Norm, factors: Tensor, team: Team) -> bool:
+    """Whether the norm now gives everybody what it gave, times the factors."""
     wanted = norm.output.float() * factors
-    return bool((norm.module(norm.input).float() - wanted).norm() < _NORM_TOLERANCE * wanted.norm())
+    miss = (norm.module(norm.input).float() - wanted).norm() / wanted.norm()
+    return float(team.max_(miss.nan_to_num(nan=torch.inf).view(1))) < _NORM_TOLERANCE
 
 
 def _factors(squares: Tensor, weight: Tensor) -> Tensor:

@@ -194,6 +194,8 @@ def _run_grouped_gemm(tokens, token_scale, index, offsets, packed, row_scale, bi
 
 def _grouped_tile(rows):
     """Rows, output features, input features, warps and stages of a block, by rows per expert on average."""
+    if rows <= 0.25:
+        return 16, 32, 128, 4, 4
     if rows <= 16:
-        return 16, 64, 128, 4, 2
+        return 16, 64, 64, 4, 4
     return (32, 64, 128, 4, 2) if rows <= 32 else (64, 64, 128, 4, 2)
