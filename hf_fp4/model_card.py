@@ -351,12 +351,13 @@ def _activations(config: MRGPTQConfig) -> str:
 
 def _recipe(config: MRGPTQConfig) -> str:
     """The fields that a user would pass, other than the data."""
-    default = MRGPTQConfig(format=config.format)
+    default = MRGPTQConfig(format=config.format, activations=config.activations)
+    always = ["format"] if config.activations == "fp4" else ["format", "activations"]
     left_out = ("dataset", "modules", "calibration", "quant_method", "how_to_load")
     given = {
         name: value
         for name, value in config.to_dict().items()
-        if name not in left_out and (name == "format" or value != getattr(default, name))
+        if name not in left_out and (name in always or value != getattr(default, name))
     }
     return f"MRGPTQConfig({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
@@ -370,6 +371,11 @@ def _how(config: MRGPTQConfig) -> dict[str, Any]:
     how = [("method", _METHODS[config.method]), ("recipe", f"`{_cell(_recipe(config))}`")]
     data = config.calibration
     if data:
+        if config.equalize:
+            taken = (
+                "what makes them (norms, rows of linears) took powers of two, which changes nothing by itself"
+            )
+            how.append(("equalized", f"channels of inputs; {taken}"))
         text = _cell(str(data.get("dataset")))
         tokens, digest = data.get("tokens"), str(data.get("fingerprint", ""))[:12]
         how.append(("calibration data", f"{text} ({tokens} tokens, SHA-256 {digest}...)"))
