@@ -67,9 +67,12 @@ class _Recorder:
         return stack
 
     def _norm(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.norms[module] = _Norm(module, args[0], output)
+        if len(args) == 1 and isinstance(output, Tensor):
+            self.norms[module] = _Norm(module, args[0], output)
 
     def _linear(self, module: nn.Linear, args: tuple) -> None:
+        if len(args) != 1:
+            return
         for norm in self.norms.values():
             if norm.output is args[0]:
                 norm.readers.append(module)
@@ -179,24 +182,28 @@ def _norm_steps(
 
 
 def _scale_norm(norm: _Norm, squares: Tensor, team: Team) -> list[_Change]:
-    weight = torch.cat([reader.weight.float() for reader in norm.readers]).square().sum(0)
-    factors = _factors(squares, weight)
+    columns = torch.cat([reader.weight.float() for reader in norm.readers]).square().sum(0)
+    factors = _factors(squares, columns)
     changes = [_multiply(parameter, factors) for parameter in norm.module.parameters()]
-    if not _gives(
-        norm, factors, team
-    ):  # it multiplies by 1 + weight: what rounding leaves of the factors counts
+    if not _gives(norm, factors, team):
         _undo(changes)
-        parameter = next(norm.module.parameters())
-        gain = 1 + parameter.float()
-        small = gain.abs() < 2.0**-4
-        factors = torch.where(small, 1.0, factors)
-        changes = [(parameter, parameter.data)]
-        parameter.data = (gain * factors - 1).to(parameter.dtype)
-        factors = torch.where(small, 1.0, (1 + parameter.float()) / gain)
+        changes, factors = _multiply_one_more(norm.module, factors)
         if not _gives(norm, factors, team):
             _undo(changes)
             return []
     return [*changes, *(_multiply_columns(reader, factors.reciprocal()) for reader in norm.readers)]
+
+
+def _multiply_one_more(module: nn.Module, factors: Tensor) -> tuple[list[_Change], Tensor]:
+    """For a norm that multiplies by 1 + weight; and what rounding to the weight's dtype leaves of the factors."""
+    weight, *others = module.parameters()
+    gain = 1 + weight.float()
+    small = gain.abs() < 2.0**-4
+    wanted = torch.where(small, weight.float(), gain * factors - 1)
+    changes: list[_Change] = [(weight, weight.data)]
+    weight.data = wanted.to(weight.dtype)
+    factors = torch.where(small, 1.0, (1 + weight.float()) / gain)
+    return [*changes, *(_multiply(other, factors) for other in others)], factors
 
 
 def _gives(norm: _Norm, factors: Tensor, team: Team) -> bool:
