@@ -187,7 +187,10 @@ def test_rows_of_no_expert_are_zero_and_get_no_gradient():
     index = torch.tensor([[8, 8], [0, 8], [3, 1], [8, 8], [1, 0]])
     weights = torch.rand(5, 2)
     y = experts(x, index, weights)
-    expected = own(x, index, weights.masked_fill(index == 8, 0))
+    absent = (
+        index == 8
+    )  # what transformers computes for such a row may be what lay in memory, so the weight alone decides
+    expected = own(x, index.masked_fill(absent, 0), weights.masked_fill(absent, 0))
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
     y.sum().backward()
     assert x.grad[[0, 3]].eq(0).all() and x.grad[[1, 2, 4]].ne(0).any(-1).all()
