@@ -62,7 +62,7 @@ class MRGPTQConfig(QuantizationConfigMixin):
             gives on its own inputs rather than on the quantized model's; 0 turns it off.
         equalize: scale the channels of inputs by powers of two so that FP4 loses least, which the weights of norms and the rows
             of v_proj and up_proj take: the model computes the same before it is quantized, and nothing at run time. The
-            default is to do so for W4A4; W4A16 gains nothing.
+            default is to do so for W4A4; W4A16 loses by it.
         damp_percent: added to the diagonal of the second moments, as a share of its mean.
         dataset: calibration text: a Hub dataset ``"name"`` or ``"name:config"``, a `datasets.Dataset`, a list of strings
             or of token tensors, a local .txt, .jsonl or .parquet file, or ``"builtin"``, which needs no network.
