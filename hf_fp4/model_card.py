@@ -375,7 +375,7 @@ def _how(config: MRGPTQConfig) -> dict[str, Any]:
             taken = (
                 "what makes them (norms, rows of linears) took powers of two, which changes nothing by itself"
             )
-            how.append(("equalized", f"channels of inputs; {taken}"))
+            how.append(("equalized", "channels of inputs; " + taken))
         text = _cell(str(data.get("dataset")))
         tokens, digest = data.get("tokens"), str(data.get("fingerprint", ""))[:12]
         how.append(("calibration data", f"{text} ({tokens} tokens, SHA-256 {digest}...)"))

@@ -201,8 +201,6 @@ class _Block:
         reports = self._restore(*finished) if finished else []
         if advance:
             self._advance(batches)
-        else:
-            set_parameters(self._module, self.kept)
         return reports
 
     def _solve(self, batches: list[_Batch], work: WorkDir | None, *, advance: bool) -> list[LayerReport]:

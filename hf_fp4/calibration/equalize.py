@@ -10,7 +10,7 @@ which change no rounding, and nothing at run time: the weight of the norm before
 v_proj those of o_proj's input, and the rows of up_proj those of down_proj's. (Cross-layer equalization of arXiv 1906.04721,
 with the scales that suit block formats.)
 
-Nothing here knows a model by name. What does not compute the same afterwards is put back.
+Of a model's names only those in `_MAKERS` are known here. What does not compute the same afterwards is put back.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _scale_rows(first: nn.Linear, second: nn.Linear, squares: Tensor, width: int
     factors = _factors(squares.view(shape).sum(1), weight.view(shape).sum(1))
     changes = [_multiply(parameter, factors.flatten()) for parameter in first.parameters()]
     every = factors[:, None].expand(shape).flatten()
-    return [*changes, _multiply_columns(second, every.reciprocal())]
+    return [*changes, _multiply(second.weight, every.reciprocal(), dim=-1)]
 
 
 def _norm_steps(
@@ -191,7 +191,7 @@ def _scale_norm(norm: _Norm, squares: Tensor, team: Team) -> list[_Change]:
         if not _gives(norm, factors, team):
             _undo(changes)
             return []
-    return [*changes, *(_multiply_columns(reader, factors.reciprocal()) for reader in norm.readers)]
+    return [*changes, *(_multiply(reader.weight, factors.reciprocal(), dim=-1) for reader in norm.readers)]
 
 
 def _multiply_one_more(module: nn.Module, factors: Tensor) -> tuple[list[_Change], Tensor]:
@@ -223,17 +223,12 @@ def _factors(squares: Tensor, weight: Tensor) -> Tensor:
     return torch.exp2(torch.where(known, exponents, 0.0))
 
 
-def _multiply(parameter: nn.Parameter, factors: Tensor) -> _Change:
-    """Multiply rows, or the values of a vector."""
+def _multiply(parameter: Tensor, factors: Tensor, dim: int = 0) -> _Change:
+    """Multiply what lies along ``dim``: rows, or with -1 columns."""
     change = (parameter, parameter.data)
-    factors = factors.view(-1, *(1,) * (parameter.dim() - 1))
-    parameter.data = (parameter.data * factors).to(parameter.dtype)
-    return change
-
-
-def _multiply_columns(linear: nn.Linear, factors: Tensor) -> _Change:
-    change = (linear.weight, linear.weight.data)
-    linear.weight.data = (linear.weight.data * factors).to(linear.weight.dtype)
+    shape = [1] * parameter.dim()
+    shape[dim] = -1
+    parameter.data = (parameter.data * factors.view(shape)).to(parameter.dtype)
     return change
 
 
