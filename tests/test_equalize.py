@@ -163,7 +163,7 @@ def test_clamped_products_are_left_alone():
     assert "mlp.down_proj.weight" not in case.changed()
 
 
-def test_set_parameters_moves_values_to_where_the_parameters_are():
+def test_set_parameters_gives_a_block_what_another_kept():
     case = Case("llama")
     kept = {name: value.double() for name, value in case.equalize().items()}
     other = Case("llama")

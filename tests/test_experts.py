@@ -187,9 +187,8 @@ def test_rows_of_no_expert_are_zero_and_get_no_gradient():
     index = torch.tensor([[8, 8], [0, 8], [3, 1], [8, 8], [1, 0]])
     weights = torch.rand(5, 2)
     y = experts(x, index, weights)
-    absent = (
-        index == 8
-    )  # what transformers computes for such a row may be what lay in memory, so the weight alone decides
+    # What transformers computes for such a row may be what lay in memory, so the weight alone decides.
+    absent = index == 8
     expected = own(x, index.masked_fill(absent, 0), weights.masked_fill(absent, 0))
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
     y.sum().backward()
