@@ -306,7 +306,7 @@ def test_the_simulated_model_is_the_real_one_bit_for_bit(
                 assert torch.equal(x, y), name
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gemma3"])
 def test_the_simulated_equalized_model_is_the_real_one_bit_for_bit(family, zoo, monkeypatch):
     spy, batches, run = Spy(monkeypatch), [], driver.quantize_model
     monkeypatch.setattr(
