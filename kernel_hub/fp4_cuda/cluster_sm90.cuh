@@ -173,6 +173,9 @@ __device__ __forceinline__ void add_and_write(const GemmArgs& args, const Cluste
 // ---- Host: how to divide a problem ------------------------------------------------------------------------------------
 using ClusterCounts = std::array<int, kMostBlocks + 1>;
 
+// Shared memory that leaves no room for a second block on a multiprocessor.
+constexpr int kAloneSmem = 227 << 10;
+
 // How many clusters of each size fit on the GPU at once: less than its multiprocessors divided by the size, because a
 // cluster stays inside one group of them.
 template <typename Kernel>
@@ -198,29 +201,36 @@ ClusterCounts count_clusters(Kernel kernel, int threads, int smem) {
 struct BlockCost {
   int weights, tokens, sums;
   float math_ns;
+  int per_sm;  // blocks of a multiprocessor
 };
 
 struct Division {
   int split, share;
 };
 
+// Clusters that fit at once, several of their blocks on a multiprocessor where the kernel allows it, and one. Work for which
+// one is enough is launched like that: where a multiprocessor has room for two blocks, a kernel that starts while another
+// ends gets the places that are free by then, two on some and none on others, and takes up to 1.5 times as long.
+struct Room {
+  ClusterCounts shared, alone;
+};
+
 // The division with the shortest estimated time. A tile of k takes as long as the slowest of four: what crosses from L2,
-// what comes from memory, the tensor cores, and the latency of one step. They are
-// fitted, and not those of the hardware: under these its choices are best on what an H100 took for 32 to 4096 tokens.
-inline Division choose_division(const ClusterCounts& active, const BlockCost& block, int token_blocks, int row_blocks,
-                                int k_tiles) {
-  constexpr float kL2 = 8700, kMemory = 1440, kPeers = 5900;              // bytes per ns
-  constexpr float kStep = 290, kStart = 390, kShare = 2260, kAdd = 810;  // ns
-  constexpr int kSms = 132;
+// what comes from memory, the tensor cores, and the latency of one step. They are fitted, and not those of the hardware:
+// under these its choices are best on what a GPU took for 32 to 4096 tokens.
+inline Division choose_division(const Room& room, const BlockCost& block, int token_blocks, int row_blocks, int k_tiles) {
+  constexpr float kL2 = 9300, kMemory = 1500, kPeers = 2800;              // bytes per ns
+  constexpr float kStep = 240, kStart = 380, kShare = 2350, kAdd = 930;  // ns
   Division best{1, 1};
   float best_cost = 1e30f;
   for (int share = 1; share <= (token_blocks > 1 ? 4 : 1); share *= 2) {  // with one tile of tokens it gained nothing
     for (int split = 1; split * share <= kMostBlocks && (split == 1 || k_tiles / split >= 4); ++split) {
       const int size = split * share;
-      if (active[size] == 0) continue;
+      if (room.shared[size] == 0) continue;
       const int clusters = token_blocks * ((row_blocks + share - 1) / share);
-      const int rounds = (clusters + active[size] - 1) / active[size];
-      const int blocks = std::min(clusters, active[size]) * size, per_sm = (blocks + kSms - 1) / kSms;
+      const bool alone = clusters <= room.alone[size];
+      const int rounds = (clusters + room.shared[size] - 1) / room.shared[size];
+      const int blocks = std::min(clusters, room.shared[size]) * size, per_sm = alone ? 1 : block.per_sm;
       const float memory = token_blocks > 1 ? 0.0f : blocks * block.weights / kMemory;
       const float l2 = blocks * (block.weights + static_cast<float>(block.tokens) / share) / kL2;
       const float tile = std::max({l2, memory, per_sm * block.math_ns, kStep});
@@ -237,10 +247,10 @@ inline Division choose_division(const ClusterCounts& active, const BlockCost& bl
 }
 
 // See GemmProblem::split.
-inline Division division_of(int forced, const ClusterCounts& active) {
+inline Division division_of(int forced, const Room& room) {
   const Division d{forced % 10, std::max(forced / 10, 1)};
   const bool possible = d.split > 0 && (d.share & (d.share - 1)) == 0 && d.split * d.share <= kMostBlocks &&
-                        active[d.split * d.share] > 0;
+                        room.shared[d.split * d.share] > 0;
   if (!possible) throw std::runtime_error("split: no such division of the work, " + std::to_string(forced));
   return d;
 }
@@ -248,18 +258,19 @@ inline Division division_of(int forced, const ClusterCounts& active) {
 // takes_items: where there are more clusters than fit on the GPU and K is not divided, the kernel takes a grid of those that
 // fit, and each of them does several one after the other.
 template <typename Kernel>
-void launch_divided(Kernel kernel, const ClusterCounts& active, const BlockCost& cost, int rows, int tokens, int threads,
-                    int smem, Operand operand, Format format, bool takes_items, const GemmProblem& p,
+void launch_divided(Kernel kernel, const Room& room, const BlockCost& cost, int rows, int tokens, int threads, int smem,
+                    Operand operand, Format format, bool takes_items, const GemmProblem& p,
                     cudaStream_t stream) {
   const int token_blocks = (p.m + tokens - 1) / tokens, row_blocks = (p.n + rows - 1) / rows;
-  const Division d = p.split > 0 ? division_of(p.split, active)
-                                       : choose_division(active, cost, token_blocks, row_blocks, p.k_tiles);
+  const Division d = p.split > 0 ? division_of(p.split, room)
+                                 : choose_division(room, cost, token_blocks, row_blocks, p.k_tiles);
   const float factor = operand == Operand::kE4m3                                    ? kFactorE4m3
                        : operand == Operand::kFp16 && format == Format::kMxfp4 ? 0.5f
                                                                                : 1.0f;
   const int size = d.split * d.share, groups = (row_blocks + d.share - 1) / d.share;
-  const bool some = takes_items && d.split == 1 && token_blocks * groups > active[size];
-  const dim3 grid = some ? dim3(size, 1, active[size]) : dim3(size, token_blocks, groups);
+  const bool some = takes_items && d.split == 1 && token_blocks * groups > room.shared[size];
+  const dim3 grid = some ? dim3(size, 1, room.shared[size]) : dim3(size, token_blocks, groups);
+  if (token_blocks * groups <= room.alone[size]) smem = kAloneSmem;
   launch_after(kernel, grid, dim3(threads), smem, size, stream, GemmArgs{p, factor, d.split, token_blocks * groups});
 }
 

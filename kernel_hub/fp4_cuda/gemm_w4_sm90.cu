@@ -474,12 +474,12 @@ template <Operand kOperand, Format kFormat, int kTokens>
 void launch(const GemmProblem& p, cudaStream_t stream) {
   using T = Traits<kOperand, kFormat, kTokens>;
   const auto kernel = gemm_w4_kernel<kOperand, kFormat, kTokens>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSmem), "shared memory");
-  static const ClusterCounts active = count_clusters(kernel, T::kThreads, T::kSmem);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAloneSmem), "shared memory");
+  static const Room room{count_clusters(kernel, T::kThreads, T::kSmem), count_clusters(kernel, T::kThreads, kAloneSmem)};
   // E4M3 has twice the tensor cores' rate, and of few tokens the expansion takes longer.
-  const float math_ns = kGroups * (T::kE4m3 ? kTokens * 0.66f + 12 : kTokens * 1.07f + 4);
-  const BlockCost cost{kGroups * T::kWeightTile, T::kTokenTile, T::kReduceBytes, math_ns};
-  launch_divided(kernel, active, cost, kRows, kTokens, T::kThreads, T::kSmem, kOperand, kFormat, T::kItems, p, stream);
+  const float math_ns = kGroups * (T::kE4m3 ? kTokens * 0.51f + 11 : kTokens * 1.06f + 3.7f);
+  const BlockCost cost{kGroups * T::kWeightTile, T::kTokenTile, T::kReduceBytes, math_ns, T::kBlocksPerSm};
+  launch_divided(kernel, room, cost, kRows, kTokens, T::kThreads, T::kSmem, kOperand, kFormat, T::kItems, p, stream);
 }
 
 template <Operand kOperand, Format kFormat>
