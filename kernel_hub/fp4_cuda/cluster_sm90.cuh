@@ -219,8 +219,8 @@ struct Room {
 // what comes from memory, the tensor cores, and the latency of one step. They are fitted, and not those of the hardware:
 // under these its choices are best on what a GPU took for 32 to 4096 tokens.
 inline Division choose_division(const Room& room, const BlockCost& block, int token_blocks, int row_blocks, int k_tiles) {
-  constexpr float kL2 = 9300, kMemory = 1500, kPeers = 2800;              // bytes per ns
-  constexpr float kStep = 240, kStart = 380, kShare = 2350, kAdd = 930;  // ns
+  constexpr float kL2 = 9300, kMemory = 1550, kPeers = 2500;              // bytes per ns
+  constexpr float kStep = 230, kStart = 380, kShare = 2350, kAdd = 1000;  // ns
   Division best{1, 1};
   float best_cost = 1e30f;
   for (int share = 1; share <= (token_blocks > 1 ? 4 : 1); share *= 2) {  // with one tile of tokens it gained nothing
