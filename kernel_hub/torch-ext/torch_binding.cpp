@@ -178,7 +178,8 @@ std::tuple<Tensor, Tensor> prepare_weight(const Tensor& weight, const Tensor& sc
   STD_TORCH_CHECK(scale.is_contiguous() && scale.dim() == weight.dim() && scale.size(-2) == n &&
                       scale.size(-1) == k / group && scale.numel() == experts * n * (k / group),
                   "weight_scale must be a contiguous [N, K/", group, "] or, of experts, [E, N, K/", group, "]");
-  STD_TORCH_CHECK(!global.has_value() || global->numel() == experts, "weight_global_scale must have a value for each expert");
+  STD_TORCH_CHECK(!global.has_value() || (global->numel() == experts && global->is_contiguous()),
+                  "weight_global_scale must be contiguous, with one value for each expert");
   STD_TORCH_CHECK(experts > 0 && experts < 65536, "1 to 65535 experts, got ", experts);
   const DeviceGuard guard(weight.get_device_index());
   const int64_t tile = format == kNvfp4 ? kTileBytesNvfp4 : kTileBytesMxfp4;

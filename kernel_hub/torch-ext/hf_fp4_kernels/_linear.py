@@ -460,21 +460,27 @@ def linear(
 
 
 def prepare_experts(
-    weight: torch.Tensor, weight_scale: torch.Tensor, weight_global_scale: torch.Tensor | None = None
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_global_scale: torch.Tensor | None = None,
+    *,
+    by_row: bool = False,
 ) -> PreparedWeight:
     """Re-lays out one matrix of all experts for `grouped_linear`. Once at load.
 
     weight: uint8 [E, N, K/2], low nibble = even k; N a multiple of 16.
     weight_scale: float8_e4m3fn [E, N, K/16] (nvfp4, not negative, finite) or uint8 E8M0 [E, N, K/32] (mxfp4).
     weight_global_scale: float32 [E], divisors (nvfp4) or None.
+    by_row: one row after the other, its scales behind its codes, as the Triton kernels have them on every GPU: for callers
+        that need views of any rows. The CUDA kernels' tiles are faster.
 
-    Returns packed, for each expert what `prepare_weight` gives: uint8 [E, ...], and row_scale float32 [E, N].
+    Returns packed uint8 [E, ...], for each expert what `prepare_weight` gives, and row_scale float32 [E, N].
     """
     _check_weight(weight, weight_scale, weight_global_scale)
-    backend = _BACKENDS[_backend_on(weight.device)]
-    return PreparedWeight(
-        *backend.prepare_experts(weight.contiguous(), weight_scale.contiguous(), weight_global_scale)
-    )
+    prepare = _triton.prepare_experts if by_row else _BACKENDS[_backend_on(weight.device)].prepare_experts
+    if weight_global_scale is not None:
+        weight_global_scale = weight_global_scale.float().contiguous()
+    return PreparedWeight(*prepare(weight.contiguous(), weight_scale.contiguous(), weight_global_scale))
 
 
 def grouped_linear(
