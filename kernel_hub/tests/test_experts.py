@@ -1,5 +1,7 @@
 """`grouped_linear` against reference.py: every expert empty, with one row, with many; both formats; graphs, other routings."""
 
+from itertools import pairwise
+
 import pytest
 import reference as ref
 import torch
@@ -56,7 +58,7 @@ def call(kernels, x, index, offsets, prepared, bias, mode, g):
 def check_all(y, x, index, offsets, weights, bias, mode, g):
     assert y[int(offsets[-1]) :].eq(0).all()
     rows = x if index is None else x[index]
-    for expert, (start, stop) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
+    for expert, (start, stop) in enumerate(pairwise(offsets.tolist())):
         if start < stop:
             own_bias = None if bias is None else bias[expert]
             check(y[start:stop], rows[start:stop], weights[expert], own_bias, mode, g)
@@ -64,9 +66,9 @@ def check_all(y, x, index, offsets, weights, bias, mode, g):
 
 def expected_of_all(x, index, offsets, weights, bias, mode, g):
     """The exact result [S, N], and how far from it it may be."""
-    rows, starts = x if index is None else x[index], offsets.tolist()
+    rows = x if index is None else x[index]
     exact, limit = torch.zeros(len(rows), bias.shape[1], dtype=torch.float64), 0.0
-    for expert, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    for expert, (start, stop) in enumerate(pairwise(offsets.tolist())):
         if start < stop:
             own = ref.expected(rows[start:stop], weights[expert], bias[expert], mode, g, FLOORS[mode.dtype])
             exact[start:stop], limit = own[0], max(limit, own[1])

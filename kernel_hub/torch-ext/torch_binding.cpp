@@ -352,7 +352,7 @@ static int64_t expert_tile(int64_t rows, int64_t experts) {
   if (rows <= 4 * experts) return 8;
   if (rows <= 12 * experts) return 16;
   if (rows <= 24 * experts) return 32;
-  return rows <= 96 * experts ? 64 : 128;
+  return rows <= 512 * experts ? 64 : 128;
 }
 
 static bool is_integer(const Tensor& t) {
