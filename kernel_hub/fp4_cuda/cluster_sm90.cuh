@@ -43,18 +43,29 @@ struct ClusterPlace {
     for (int i = 0; i < share; ++i) mask |= 1u << rank(part, i);
     return static_cast<uint16_t>(mask);
   }
-  // One warp frees a stage of the ring in every block that fills it; only for a stage that is filled again.
-  __device__ __forceinline__ void release(uint32_t empty) const {
-    const int lane = threadIdx.x % 32;
-    if (share == 1 && lane == 0) barrier_arrive(empty);
-    if (share > 1 && lane < share) barrier_arrive_cluster(empty, rank(part, lane));
-  }
   // Tokens at `src` into every sharer's `dst`: this block sends its part of the bytes.
   __device__ __forceinline__ void copy_tokens(uint32_t dst, const uint8_t* src, uint32_t bytes, uint32_t full,
                                               uint64_t policy) const {
     if (share == 1) return bulk_copy(dst, src, bytes, full, policy);
     const uint32_t piece = bytes / share, offset = piece * peer;
     bulk_copy_shared(dst + offset, src + offset, piece, full, sharers(), policy);
+  }
+};
+
+// Frees stages of the ring: one warp in every block that fills them; only a stage that is filled again.
+struct Releaser {
+  uint32_t empty;     // of the first stage, the others follow: this lane's block's
+  bool local, remote;  // whether this lane tells its own block, or another through the cluster
+
+  __device__ __forceinline__ Releaser(const ClusterPlace& place, uint32_t empty_) {
+    const int lane = threadIdx.x % 32;
+    local = place.share == 1 && lane == 0;
+    remote = place.share > 1 && lane < place.share;
+    empty = remote ? cluster_address(empty_, place.rank(place.part, lane)) : empty_;
+  }
+  __device__ __forceinline__ void release(int stage) const {
+    if (local) barrier_arrive(empty + stage * 8);
+    if (remote) barrier_arrive_cluster(empty + stage * 8);
   }
 };
 

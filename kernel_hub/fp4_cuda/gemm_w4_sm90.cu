@@ -161,57 +161,71 @@ struct Producer {
   }
 };
 
+// What is computed from v is computed after all volatile instructions above: products are to be on their way first.
+__device__ __forceinline__ void not_before(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
+
 __device__ __forceinline__ uint32_t load_shared2(uint32_t address) {
   uint16_t v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
   return v;
 }
 
-// While the tensor cores multiply tile i, tile i + 1 is expanded into the other register buffer.
+// While the tensor cores multiply tile i, tile i + 1 is expanded into the other register buffer and the codes of tile i + 2
+// are on their way from shared memory. A warp's own instructions are what a tile takes longest for: all that is the same for
+// every tile is computed before the loop, and tiles far from the end are not checked for being the last.
 template <class T, Operand kOperand, Format kFormat, int kTokens>
-__device__ __forceinline__ void consume16(const Ring<T>& ring, const ClusterPlace& place, int tiles,
-                                        float (&acc)[kTokens / 2]) {
-  constexpr int kPerStage = T::kTilesPerStage, kUnroll = kPerStage < 2 ? 2 : kPerStage;
+__device__ __forceinline__ void consume16(const Ring<T>& ring, const Releaser& releaser, int tiles,
+                                          float (&acc)[kTokens / 2]) {
+  constexpr int kPerStage = T::kTilesPerStage, kUnroll = kPerStage < 2 ? 2 : kPerStage, kAhead = 2;
   const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const uint32_t codes = group * T::kWeightStage + codes_offset(slice, lane);
-  const uint32_t scales = group * T::kWeightStage + scales_offset(kFormat, slice, lane);
-  uint32_t a[2][4][4];
-  auto expand = [&](uint32_t stage, int in_stage, uint32_t (&dst)[4][4]) {
-    const uint32_t base = stage + in_stage * T::kWeightTile;
-    expand16<kOperand, kFormat>(load_shared16(base + codes), load_shared2(base + scales), dst);
+  const uint32_t codes = ring.base + group * T::kWeightStage + codes_offset(slice, lane);
+  const uint32_t scales = ring.base + group * T::kWeightStage + scales_offset(kFormat, slice, lane);
+  const uint64_t tokens = token_descriptor<kTokens>(ring.base + T::kTokenOffset);
+  uint32_t a[2][4][4], raw_scales;
+  uint4 raw;
+  Cursor<T> read, multiplied;  // the stages of raw, and of what is multiplied
+  auto load = [&](int in_stage) {
+    if (in_stage == 0) barrier_wait(ring.full(read.stage), read.phase);
+    const uint32_t offset = read.stage * T::kStageBytes + in_stage * T::kWeightTile;
+    raw = load_shared16(codes + offset);
+    raw_scales = load_shared2(scales + offset);
+    if (in_stage == kPerStage - 1) read.next();
   };
-  auto multiply = [&](uint32_t stage, int in_stage, uint32_t (&src)[4][4]) {
-    const uint32_t tokens = stage + T::kTokenOffset + in_stage * T::kTokenTile;
+  auto multiply = [&](int in_stage, uint32_t (&src)[4][4]) {
+    const uint64_t tile = tokens + (multiplied.stage * T::kStageBytes + in_stage * T::kTokenTile) / 16;
     wgmma_fence();
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      Wgmma<kOperand, kTokens>::run(acc, src[j], token_descriptor<kTokens>(tokens + j * kTokens * 32), 1);
+    for (int j = 0; j < 4; ++j) Wgmma<kOperand, kTokens>::run(acc, src[j], tile + j * kTokens * 2, 1);
     wgmma_commit();
+  };
+  // Tile i, the u-th of an iteration.
+  auto step = [&](int i, int u, bool far_from_end) {
+    multiply(u % kPerStage, a[u & 1]);
+    wgmma_wait<1>();  // tile i - 1 has been multiplied: its registers and perhaps its stage are free
+    if (u % kPerStage == 0 && i > 0 && i + (T::kStages - 1) * kPerStage < tiles) {
+      releaser.release((multiplied.stage == 0 ? T::kStages : multiplied.stage) - 1);
+    }
+    if (u % kPerStage == kPerStage - 1) multiplied.next();
+    if (far_from_end || i + 1 < tiles) {
+      not_before(raw);
+      expand16<kOperand, kFormat>(raw, raw_scales, a[(u + 1) & 1]);
+    }
+    if (far_from_end || i + kAhead < tiles) load((u + kAhead) % kPerStage);
   };
 
   if (tiles == 0) return;
-  Cursor<T> at;
-  uint32_t stage = ring.stage(0), finished = 0;  // finished: empty barrier of the stage before
-  barrier_wait(ring.full(0), 0);
-  expand(stage, 0, a[0]);
-  for (int i = 0; i < tiles; i += kUnroll) {
+  load(0);
+  expand16<kOperand, kFormat>(raw, raw_scales, a[0]);
+  if (tiles > 1) load(1 % kPerStage);
+  int i = 0;
+  for (; i + kUnroll - 1 + kAhead < tiles; i += kUnroll) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) step(i + u, u, true);
+  }
+  for (; i < tiles; i += kUnroll) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (i + u < tiles) {
-        multiply(stage, u % kPerStage, a[u & 1]);
-        wgmma_wait<1>();  // the tile before has been multiplied: its registers and perhaps its stage are free
-        if (u % kPerStage == 0 && finished != 0) place.release(finished);
-        if (i + u + 1 < tiles) {
-          if ((u + 1) % kPerStage == 0) {
-            const bool filled_again = i + u + 1 + (T::kStages - 1) * kPerStage < tiles;
-            finished = filled_again ? ring.empty(at.stage) : 0;
-            at.next();
-            stage = ring.stage(at.stage);
-            barrier_wait(ring.full(at.stage), at.phase);
-          }
-          expand(stage, (u + 1) % kPerStage, a[(u + 1) & 1]);
-        }
-      }
+      if (i + u < tiles) step(i + u, u, false);
     }
   }
   wgmma_wait<0>();
@@ -233,7 +247,8 @@ __device__ __forceinline__ uint2 load_table(uint32_t table, uint32_t byte) {
 
 // A stage's tiles are multiplied into `sums`, which then are added to `acc`: one warpgroup adds while the other multiplies.
 // 256 tokens leave no registers for all sums: they are taken 128 tokens at a time. Tile 1 is expanded while the tensor
-// cores multiply tile 0, and the next stage's tile 0 while they multiply tile 1.
+// cores multiply tile 0, and the next stage's tile 0 while they multiply tile 1. What an expansion reads is on its way before
+// the products that come first, but with 256 tokens, again for want of registers.
 //
 // Per 64 k, the tensor cores of a multiprocessor need 2 x kTokens cycles. From L2 it takes 4352 bytes of weights and
 // 64 x kTokens / share of tokens, of about 24 bytes a cycle: 256 tokens are 40 bytes a cycle alone, 25 shared by two
@@ -241,27 +256,42 @@ __device__ __forceinline__ uint2 load_table(uint32_t table, uint32_t byte) {
 //
 // `at` is the first stage and becomes the one after the last; stages_after: how many will still be consumed then.
 template <class T, int kTokens>
-__device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, const ClusterPlace& place, int tiles, int stages_after,
+__device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, const Releaser& releaser, int tiles, int stages_after,
                                              uint32_t table, Cursor<T>& at, float (&acc)[kTokens / 2]) {
   static_assert(kPromoteTiles == 2 && T::kTilesPerStage == 2);
   constexpr int kPart = kTokens < 128 ? kTokens : 128, kParts = kTokens / kPart;
+  constexpr bool kLoadAhead = kTokens < 256;
   const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const uint32_t codes = group * T::kWeightStage + codes_offset(slice, lane);
-  const uint32_t scales = group * T::kWeightStage + scales_offset(Format::kMxfp4, slice, lane);
+  const uint32_t codes = ring.base + group * T::kWeightStage + codes_offset(slice, lane);
+  const uint32_t scales = ring.base + group * T::kWeightStage + scales_offset(Format::kMxfp4, slice, lane);
+  const uint64_t tokens = token_descriptor<kTokens>(ring.base + T::kTokenOffset);
   uint32_t a[2][2][4];
   float sums[kPart / 2] = {};
-  auto expand = [&](uint32_t stage, int tile) {
-    const uint32_t base = stage + tile * T::kWeightTile, s = load_shared2(base + scales);
-    const uint4 raw = load_shared16(base + codes);
-    expand8(raw, load_table(table, s & 0xFF), load_table(table, s >> 8), a[tile]);
+  uint4 raw;  // the tile that is expanded next, and the tables of its rows
+  uint2 tables[2];
+  Cursor<T> read = at;
+  auto load = [&](int tile) {
+    if (tile == 0) barrier_wait(ring.full(read.stage), read.phase);
+    const uint32_t offset = read.stage * T::kStageBytes + tile * T::kWeightTile, s = load_shared2(scales + offset);
+    raw = load_shared16(codes + offset);
+    tables[0] = load_table(table, s & 0xFF);
+    tables[1] = load_table(table, s >> 8);
+    if (tile == 1) read.next();
   };
-  auto multiply = [&](uint32_t stage, int tile, int part) {
-    const uint32_t tokens = stage + T::kTokenOffset + tile * T::kTokenTile + part * kPart * 16;
+  auto load_ahead = [&](int tile) {
+    if (kLoadAhead) load(tile);
+  };
+  auto expand = [&](int tile) {
+    if (!kLoadAhead) load(tile);
+    not_before(raw);
+    expand8(raw, tables[0], tables[1], a[tile]);
+  };
+  auto multiply = [&](int tile, int part) {
+    const uint64_t first = tokens + (at.stage * T::kStageBytes + tile * T::kTokenTile) / 16 + part * kPart;
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 2; ++j)
-      Wgmma<Operand::kE4m3, kPart>::run(sums, a[tile][j], token_descriptor<kTokens>(tokens + j * kTokens * 32),
-                                        tile + j > 0);
+      Wgmma<Operand::kE4m3, kPart>::run(sums, a[tile][j], first + j * kTokens * 2, tile + j > 0);
     wgmma_commit();
   };
   auto promote = [&](int part) {
@@ -272,36 +302,36 @@ __device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, const ClusterP
       acc[part * (kPart / 2) + r] += sums[r];
     }
   };
-
-  if (tiles == 0) return;
-  uint32_t stage = ring.stage(at.stage);
-  barrier_wait(ring.full(at.stage), at.phase);
-  expand(stage, 0);
-  for (int i = 0; i < tiles; i += 2) {
-    const bool two = i + 1 < tiles, more = i + 2 < tiles;
-    const bool filled_again = i + 2 * (T::kStages - stages_after) < tiles;
-    const uint32_t this_stage = stage, empty = ring.empty(at.stage);
-    multiply(this_stage, 0, 0);
-    if (two) {
-      expand(this_stage, 1);
-      multiply(this_stage, 1, 0);
-    }
+  // The stage of tiles i and i + 1.
+  auto stage = [&](int i, bool far_from_end) {
+    const bool two = far_from_end || i + 1 < tiles, more = far_from_end || i + 2 < tiles;
+    multiply(0, 0);
+    if (two) expand(1);
+    if (more) load_ahead(0);
+    if (two) multiply(1, 0);
 #pragma unroll
     for (int part = 1; part < kParts; ++part) {
       promote(part - 1);
-      multiply(this_stage, 0, part);
-      if (two) multiply(this_stage, 1, part);
+      multiply(0, part);
+      if (two) multiply(1, part);
     }
-    if (more || T::kItems) at.next();
     if (more) {
-      stage = ring.stage(at.stage);
-      barrier_wait(ring.full(at.stage), at.phase);
       wgmma_wait<1>();  // tile 0 has been multiplied: its registers are free
-      expand(stage, 0);
+      expand(0);
+      if (far_from_end || i + 3 < tiles) load_ahead(1);
     }
     promote(kParts - 1);
-    if (filled_again) place.release(empty);
-  }
+    if (i + 2 * (T::kStages - stages_after) < tiles) releaser.release(at.stage);
+    at.next();
+  };
+
+  if (tiles == 0) return;
+  load_ahead(0);
+  expand(0);
+  if (tiles > 1) load_ahead(1);
+  int i = 0;
+  for (; i + 3 < tiles; i += 2) stage(i, true);
+  for (; i < tiles; i += 2) stage(i, false);
 }
 
 template <class T, int kTokens>
@@ -386,6 +416,8 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
   const int first = static_cast<int>(static_cast<int64_t>(p.k_tiles) * place.part / place.split);
   const Range k{first, static_cast<int>(static_cast<int64_t>(p.k_tiles) * (place.part + 1) / place.split) - first};
   const bool clustered = gridDim.x > 1;
+  // The same in all lanes, and known to be: what only depends on it then needs no register of a lane.
+  const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0);
 
   grid_dependency_launch();
   if (threadIdx.x == kConsumers) {
@@ -402,7 +434,7 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
   __syncthreads();
   if (clustered) cluster_arrive_relaxed();  // the other blocks may use this one's barriers: barrier_init_fence
 
-  if (threadIdx.x >= kConsumers) {
+  if (warp >= kConsumers / 32) {
     if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     const Producer<T> producer{p, place, ring, k, items};
     if (threadIdx.x == kConsumers) producer.begin();
@@ -416,6 +448,7 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
     }
     prefetch_row_data<kRows>(p.row_scale, p.bias, place.row_block * kRows, p.n);
     if (clustered) cluster_wait();
+    const Releaser releaser(place, ring.empty(0));
     Cursor<T> at;
     for (int i = 0; i < (T::kItems ? items.count : 1); ++i) {
       const int token_block = experts ? 0 : items.token_block(i);  // an expert's results start at its own first row
@@ -425,9 +458,9 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
       for (int r = 0; r < kTokens / 2; ++r) acc[r] = 0.0f;
       if constexpr (T::kE4m3) {
         const int stages_after = T::kItems ? (items.count - 1 - i) * stages_for<T>(k.count) : 0;
-        consume_e4m3<T, kTokens>(ring, place, k.count, stages_after, base + T::kTableOffset, at, acc);
+        consume_e4m3<T, kTokens>(ring, releaser, k.count, stages_after, base + T::kTableOffset, at, acc);
       } else {
-        consume16<T, kOperand, kFormat, kTokens>(ring, place, k.count, acc);
+        consume16<T, kOperand, kFormat, kTokens>(ring, releaser, k.count, acc);
       }
       grid_dependency_wait();
       if (p.out_is_bf16) write<T, kTokens, __nv_bfloat16>(args, place, base, token_block, acc);

@@ -39,15 +39,17 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier of block `rank` of this cluster that is at the same offset. Not .release.cluster: that is a
-// MEMBAR, which waits for every load in flight; shared memory that this warp has read needs none.
-__device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
+// The address in the cluster of what is at `local` in block `rank`.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t local, uint32_t rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
+  return remote;
+}
+
+// Arrives at a barrier of any block of this cluster. Not .release.cluster: that is a MEMBAR, which waits for every load in
+// flight; shared memory that this warp has read needs none.
+__device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -106,12 +108,10 @@ __device__ __forceinline__ void cluster_sync() {
 
 // Reads a float4 from the shared memory of block `rank` of this cluster at the same offset as `local`.
 __device__ __forceinline__ float4 load_cluster(uint32_t local, uint32_t rank) {
-  uint32_t remote;
   float4 v;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(remote));
+               : "r"(cluster_address(local, rank)));
   return v;
 }
 
