@@ -21,6 +21,8 @@ prepared: list[dict[str, Any]] = []
 fake_quantized: list[str] = []
 grouped: list[int] = []
 solved: list[str] = []
+tiles: list[bool] = []
+"""Not empty: weights of experts are laid out in tiles."""
 
 
 class PreparedTokens(NamedTuple):
@@ -41,6 +43,9 @@ def prepare_weight(weight, weight_scale, weight_global_scale):
 
 
 def restore_weight(packed, row_scale, out_features, in_features):
+    if packed.dim() == 3:
+        assert packed.is_contiguous()
+        packed = packed.flatten(0, 1)[:out_features]
     assert packed.shape[0] == out_features == len(row_scale)
     codes, scale = (packed ^ 255).split([in_features // 2, packed.shape[1] - in_features // 2], dim=1)
     nvfp4 = scale.shape[1] * 16 == in_features
@@ -135,21 +140,27 @@ def gptq_descend(target, current, scale, matrix, passes, format, global_scale=No
 
 
 def linear(x, packed, row_scale, bias=None, **arguments):
-    format = "nvfp4" if packed.shape[1] == x.shape[-1] // 2 + x.shape[-1] // 16 else "mxfp4"
+    format = "nvfp4" if packed.shape[-1] == x.shape[-1] // 2 + x.shape[-1] // 16 else "mxfp4"
     return gemm(prepare_activation(x, format=format, **arguments), packed, row_scale, bias)
 
 
-def prepare_experts(weight, weight_scale, weight_global_scale):
-    """As the real one: a row's scales behind its codes, since layers read them from there."""
+def prepare_experts(weight, weight_scale, weight_global_scale, by_row=False):
+    """As the real one: a row's scales behind its codes, since layers read them from there; or in tiles of 64 rows."""
     rows = torch.ones(weight.shape[:2])
     if weight_global_scale is not None:
         rows = (1 / weight_global_scale)[:, None].expand(weight.shape[:2])
-    return torch.cat([weight, weight_scale.view(torch.uint8)], dim=2), rows.contiguous()
+    packed = torch.cat([weight, weight_scale.view(torch.uint8)], dim=2)
+    if tiles and not by_row:
+        padding = -packed.shape[1] % 64
+        packed = torch.nn.functional.pad(packed ^ 255, (0, 0, 0, padding)).unflatten(1, (-1, 64))
+    return packed, rows.contiguous()
 
 
 def grouped_linear(x, offsets, packed, row_scale, bias=None, *, index=None, **arguments):
     """Row by row block of `linear`."""
     grouped.append(len(x))
+    if packed.dim() == 4:
+        packed = packed.flatten(1, 2)[:, : row_scale.shape[1]] ^ 255
     format = "nvfp4" if packed.shape[2] == x.shape[-1] // 2 + x.shape[-1] // 16 else "mxfp4"
     tokens = prepare_activation(x, format=format, fp8=False, **arguments)
     rows = torch.arange(len(x)) if index is None else index

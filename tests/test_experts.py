@@ -592,6 +592,15 @@ def kernels_on_the_cpu(monkeypatch):
     for module in ("experts", "linear"):
         monkeypatch.setattr(f"hf_fp4.layers.{module}.select", lambda *_: fake_kernels.found())
     fake_kernels.grouped.clear()
+    fake_kernels.tiles.clear()
+
+
+@pytest.fixture(params=[False, True], ids=["rows", "tiles"])
+def tiles(request, kernels_on_the_cpu):
+    """Both layouts that kernels have for the weights of all experts."""
+    fake_kernels.tiles[:] = [True] * request.param
+    yield
+    fake_kernels.tiles.clear()
 
 
 def in_bfloat16(directory: Path, **fields) -> PreTrainedModel:
@@ -603,7 +612,7 @@ def in_bfloat16(directory: Path, **fields) -> PreTrainedModel:
 
 @pytest.mark.parametrize("fields", [{}, {"format": "mxfp4", "activations": "bf16"}], ids=str)
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
-def test_kernels_run_all_experts_at_once(family, fields, zoo, tmp_path, kernels_on_the_cpu):
+def test_kernels_run_all_experts_at_once(family, fields, zoo, tmp_path, tiles):
     model = in_bfloat16(zoo(family), **fields)
     result = logits(model)
     layers = len(experts_in(model))
@@ -625,7 +634,19 @@ def test_kernels_run_all_experts_at_once(family, fields, zoo, tmp_path, kernels_
         assert torch.equal(tensors[name], tensor), name
 
 
-def test_gradients_and_adapters_take_the_linears_one_by_one(zoo, kernels_on_the_cpu):
+def test_loading_into_experts_on_kernels(zoo, tiles):
+    model, other = (in_bfloat16(zoo("mixtral"), method="rtn", seed=seed) for seed in (0, 1))
+    expected = logits(other)
+    with torch.no_grad():
+        for name, tensor in (state := other.state_dict()).items():
+            if "experts" in name and name.endswith("weight"):
+                state[name] = tensor ^ 8  # the sign of every second value
+    model.load_state_dict(state)
+    other.load_state_dict(state)
+    assert torch.equal(logits(model), logits(other)) and not torch.equal(logits(other), expected)
+
+
+def test_gradients_and_adapters_take_the_linears_one_by_one(zoo, tiles):
     model = in_bfloat16(zoo("mixtral"), method="rtn")
     experts = experts_in(model)["model.layers.0.mlp.experts"]
     x, index, weights = torch.randn(4, 64), torch.tensor([[0, 1]] * 4), torch.rand(4, 2)

@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from ..backends import Kernels, KernelSource, input_arguments, select
-from .linear import KERNEL_ROWS, FP4Linear, HasStoredLayout
+from .linear import KERNEL_ROWS, KERNEL_TILE_ROWS, FP4Linear, HasStoredLayout
 from .linear import use_kernels as use_kernels_by_layer
 
 GATE_UP, DOWN = "gate_up", "down"
@@ -207,11 +207,15 @@ class Projection(nn.Module):
         if first.weight_global_scale is not None:
             own_divisors: list[Any] = [linears[0].weight_global_scale for linears in found]
             divisors = torch.cat(own_divisors)
-        packed, row_scale = kernels.module.prepare_experts(joined("weight"), joined("weight_scale"), divisors)
-        half = first.in_features // 2
-        for linears, part in zip(by_linear, layout.parts(packed, len(by_linear)), strict=True):
-            for layer, own in zip(linears, part, strict=True):
-                layer.weight, layer.weight_scale = own[:, :half], own[:, half:].view(first.format.scale_dtype)
+        # Tiles of rows cannot be divided among the linears, or only between whole ones; rows always can.
+        tiled = len(by_linear) == 1 or (layout.concatenated and first.out_features % KERNEL_TILE_ROWS == 0)
+        packed, row_scale = kernels.module.prepare_experts(
+            joined("weight"), joined("weight_scale"), divisors, **({} if tiled else {"by_row": True})
+        )
+        parts = [layout.parts(tensor, len(by_linear)) for tensor in (packed, row_scale)]
+        for linears, of_linear, scales in zip(by_linear, *parts, strict=True):
+            for layer, own, own_scale in zip(linears, of_linear, scales, strict=True):
+                layer.take_part(kernels, own, own_scale)
         bias = None if first.bias is None else joined("bias").detach()
         every = [layer for linears in found for layer in linears]
         self._stacked = _Stacked(kernels, packed, row_scale, bias, every)
@@ -221,7 +225,7 @@ class Projection(nn.Module):
         """Give each linear memory of its own again."""
         if self._stacked is not None:
             for linear in self._stacked.linears:
-                linear.weight, linear.weight_scale = (part.contiguous() for part in linear.stored())
+                linear.leave_part()
             self._stacked = None
 
 
@@ -233,7 +237,7 @@ def _kind(linear: FP4Linear) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Stacked:
-    """Weights of one projection of all experts: uint8 [E, N, bytes], float32 [E, N], bias [E, N]; and its linears."""
+    """Weights of one projection of all experts: uint8 [E, ...], float32 [E, N], bias [E, N]; and its linears."""
 
     kernels: Kernels
     packed: torch.Tensor
@@ -271,6 +275,16 @@ def gather_rows(
     if absent or not parts:
         parts.append((parts[0] if parts else routed.tokens).new_zeros(absent, out_features))
     return torch.cat(parts)
+
+
+def _before_loading(experts: FP4Experts, *_: Any) -> None:
+    """The linears load what is on disk, of which the weights of all are made anew."""
+    experts._loading = experts._source
+    experts.use_kernels(None)
+
+
+def _after_loading(experts: FP4Experts, *_: Any) -> None:
+    experts.use_kernels(experts._loading)
 
 
 class FP4Experts(HasStoredLayout, nn.Module):
@@ -314,6 +328,9 @@ class FP4Experts(HasStoredLayout, nn.Module):
             )
         self.gate_up, self.down = Projection(self, GATE_UP), Projection(self, DOWN)
         self.train(own.training)
+        self._loading: KernelSource | None = None
+        self.register_load_state_dict_pre_hook(_before_loading)
+        self.register_load_state_dict_post_hook(_after_loading)
 
     @property
     def own(self) -> Any:

@@ -18,6 +18,8 @@ from ..scales import fused_partners
 
 KERNEL_ROWS = 16
 """Kernels take outputs in multiples of this."""
+KERNEL_TILE_ROWS = 64
+"""Kernels that lay out weights in tiles have whole tiles of so many rows."""
 
 # Asked here and not in forward: torch.compile of torch 2.11 cannot trace the question.
 _AUTOCAST_DEVICES = {
@@ -162,6 +164,19 @@ class FP4Linear(HasStoredLayout, nn.Linear):
         )
         self.weight_scale, self.kernels = None, found
         return found
+
+    def take_part(self, kernels: Kernels, packed: torch.Tensor, row_scale: torch.Tensor) -> None:
+        """The weight becomes a view of what ``kernels`` prepared for several: rows of bytes, or tiles."""
+        if packed.dim() == 2:
+            half = self.in_features // 2
+            self.weight, self.weight_scale = packed[:, :half], packed[:, half:].view(self.format.scale_dtype)
+        else:
+            self.weight, self.row_scale, self.weight_scale, self.kernels = packed, row_scale, None, kernels
+
+    def leave_part(self) -> None:
+        """Memory of its own again, in the stored layout: the inverse of `take_part`."""
+        self.weight, self.weight_scale = (part.contiguous() for part in self.stored())
+        self.row_scale, self.kernels = None, REFERENCE
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``weight`` and ``weight_scale`` as they are on disk, restored if the layer has another layout."""

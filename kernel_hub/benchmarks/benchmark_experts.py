@@ -1,9 +1,10 @@
 """The experts of one MoE layer against bf16 `grouped_mm`: us and ratio. CUDA graphs, another routing at every call.
 
-    python benchmarks/benchmark_experts.py [--tokens 1 16 4096] [--mode nvfp4_w4a16 ...] [--json out.json]
+    python benchmarks/benchmark_experts.py [--tokens 1 16 4096] [--mode nvfp4_w4a16 ...] [--variants 0 8001 ...] [--json out.json]
 
 Qwen3-30B-A3B's layer: 128 experts, hidden 2048, expert 768, top 8, experts drawn at random. Both run gate and up, SiLU, and
-down on sorted rows. A result that fails its check is not timed.
+down on sorted rows; "into" and "down" are the two products alone. --variants: ways to divide the CUDA kernels' work
+(`grouped_linear`'s `variant` in torch_binding.cpp). A result that fails its check is not timed.
 """
 
 import argparse
@@ -43,32 +44,66 @@ def time_bf16(tokens: int, routings: list) -> float:
     return time_graph([lambda r=r: call(*r) for r in routings])
 
 
-def time_fp4(kernels, mode, tokens: int, routings: list) -> float:
-    x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    static = mode.format == "nvfp4" and mode.activations == "fp4"
-    arguments = {"activations": mode.activations, "hadamard": mode.hadamard, "rule": mode.rule}
-    arguments["input_global_scale"] = torch.tensor([64.0], device="cuda") if static else None
-    prepared, first = [], []
-    for n, k in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
-        weights = [ref.random_weight(n, k, mode.format, "cuda") for _ in range(EXPERTS)]
-        stacked = [torch.stack([weight[i] for weight in weights]) for i in range(2)]
-        divisors = torch.cat([weight[2] for weight in weights]) if mode.format == "nvfp4" else None
-        prepared.append(kernels.prepare_experts(*stacked, divisors))
-        first.append(weights)
+class Layer:
+    """The layer's FP4 weights, and its products by one variant of the kernels."""
 
-    def call(index: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        inner = gated(kernels.grouped_linear(x, offsets, *prepared[0], index=index, **arguments))
-        return kernels.grouped_linear(inner, offsets, *prepared[1], **arguments)
+    def __init__(self, kernels, mode):
+        self.kernels, self.mode = kernels, mode
+        static = mode.format == "nvfp4" and mode.activations == "fp4"
+        self.input_global_scale = torch.tensor([64.0], device="cuda") if static else None
+        self.weights, self.prepared = [], []
+        for n, k in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
+            weights = [ref.random_weight(n, k, mode.format, "cuda") for _ in range(EXPERTS)]
+            stacked = [torch.stack([weight[i] for weight in weights]) for i in range(2)]
+            divisors = torch.cat([weight[2] for weight in weights]) if mode.format == "nvfp4" else None
+            self.prepared.append(kernels.prepare_experts(*stacked, divisors))
+            self.weights.append(weights)
+
+    def product(self, which: int, x: torch.Tensor, offsets: torch.Tensor, index=None, variant: int = 0):
+        mode, linear = self.mode, self.kernels._linear
+        if variant:
+            return linear.ops.grouped_linear(
+                x, offsets, index, *self.prepared[which], None, self.input_global_scale, linear.OPERANDS["bf16"],
+                mode.activations == "fp4", mode.hadamard or 0, linear.RULES[mode.rule], variant,
+            )  # fmt: skip
+        return self.kernels.grouped_linear(
+            x, offsets, *self.prepared[which], index=index, activations=mode.activations, hadamard=mode.hadamard,
+            rule=mode.rule, input_global_scale=self.input_global_scale,
+        )  # fmt: skip
+
+    def check(self, which: int, y: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> None:
+        """Of the experts with the most and with the fewest rows."""
+        counts = offsets.diff()
+        for expert in (int(counts.argmax()), int(counts.masked_fill(counts == 0, 1 << 30).argmin())):
+            mine = slice(int(offsets[expert]), int(offsets[expert + 1]))
+            values = ref.activation_values(rows[mine], self.mode, self.input_global_scale)
+            error = ref.relative_error(y[mine], values @ ref.weight_values(*self.weights[which][expert]).T)
+            if not error < 6e-3:
+                raise SystemExit(
+                    f"{self.mode.id}, product {which}: wrong result, error {error:.2e}; not timed"
+                )
+
+
+def time_fp4(layer: Layer, tokens: int, routings: list, variant: int) -> list[float]:
+    """Microseconds of the layer, and of its two products alone."""
+    x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    inner = torch.randn(tokens * TOP, INNER, device="cuda", dtype=torch.bfloat16)
+
+    def into(index: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return layer.product(0, x, offsets, index, variant)
+
+    def down(offsets: torch.Tensor, inner: torch.Tensor = inner) -> torch.Tensor:
+        return layer.product(1, inner, offsets, None, variant)
 
     index, offsets = routings[0]
-    y = kernels.grouped_linear(x, offsets, *prepared[0], index=index, **arguments)
-    expert = int(offsets.diff().argmax())
-    rows = slice(int(offsets[expert]), int(offsets[expert + 1]))
-    values = ref.activation_values(x[index[rows]], mode, arguments["input_global_scale"])
-    error = ref.relative_error(y[rows], values @ ref.weight_values(*first[0][expert]).T)
-    if not error < 6e-3:
-        raise SystemExit(f"{mode.id}, {tokens} tokens: wrong result, error {error:.2e}; not timed")
-    return time_graph([lambda r=r: call(*r) for r in routings])
+    layer.check(0, into(index, offsets), x[index], offsets)
+    layer.check(1, down(offsets), inner, offsets)
+    calls = [
+        [lambda r=r: down(r[1], gated(into(*r))) for r in routings],
+        [lambda r=r: into(*r) for r in routings],
+        [lambda r=r: down(r[1]) for r in routings],
+    ]
+    return [time_graph(each) for each in calls]
 
 
 def main() -> None:
@@ -77,20 +112,28 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 4096])
     parser.add_argument("--mode", nargs="+", default=list(MODES)[:4], choices=list(MODES))
+    parser.add_argument("--variants", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    kernels = load_variant(next(iter(variant_paths().values())))
+    paths = variant_paths()
+    kernels = load_variant(paths.get("cuda", paths["triton"]))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    print(f"{'tokens':>6} {'mode':<20} {'us':>9} {'x bf16':>7}")
+    print(f"{'tokens':>6} {'mode':<20} {'variant':>7} {'us':>9} {'x bf16':>7} {'into':>9} {'down':>9}")
+    layers = {name: Layer(kernels, MODES[name]) for name in args.mode}
     results = []
     for tokens in args.tokens:
         routings = [routing(tokens) for _ in range(ROUTINGS)]
         bf16 = time_bf16(tokens, routings)
-        print(f"{tokens:>6} {'bf16 grouped_mm':<20} {bf16:>9.1f}")
-        for name in args.mode:
-            us = time_fp4(kernels, MODES[name], tokens, routings)
-            results.append({"tokens": tokens, "mode": name, "us": us, "bf16_us": bf16})
-            print(f"{tokens:>6} {name:<20} {us:>9.1f} {bf16 / us:>7.2f}", flush=True)
+        print(f"{tokens:>6} {'bf16 grouped_mm':<20} {'':>7} {bf16:>9.1f}")
+        for name, layer in layers.items():
+            for variant in args.variants:
+                us, into, down = time_fp4(layer, tokens, routings, variant)
+                results.append({"tokens": tokens, "mode": name, "variant": variant, "bf16_us": bf16})
+                results[-1] |= {"us": us, "into_us": into, "down_us": down}
+                print(
+                    f"{tokens:>6} {name:<20} {variant:>7} {us:>9.1f} {bf16 / us:>7.2f} {into:>9.1f} {down:>9.1f}",
+                    flush=True,
+                )
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 

@@ -29,12 +29,12 @@ struct ClusterPlace {
   int part, peer;    // this block's part of K, and which of the blocks with this part it is
   int row_block;
 
-  __device__ __forceinline__ explicit ClusterPlace(const GemmArgs& args)
+  __device__ __forceinline__ ClusterPlace(const GemmArgs& args, int row_group)
       : split(args.split),
         share(gridDim.x / args.split),
         part(blockIdx.x % args.split),
         peer(blockIdx.x / args.split),
-        row_block(row_block_of(blockIdx.z)) {}
+        row_block(row_block_of(row_group)) {}
   __device__ __forceinline__ int row_block_of(int group) const { return group * share + peer; }
   __device__ __forceinline__ int rank(int part_, int peer_) const { return peer_ * split + part_; }
   // Bits of the blocks with this part of K.
@@ -261,7 +261,8 @@ template <typename Kernel>
 void launch_divided(Kernel kernel, const Room& room, const BlockCost& cost, int rows, int tokens, int threads, int smem,
                     Operand operand, Format format, bool takes_items, const GemmProblem& p,
                     cudaStream_t stream) {
-  const int token_blocks = (p.m + tokens - 1) / tokens, row_blocks = (p.n + rows - 1) / rows;
+  const bool experts = p.routing.experts > 0;
+  const int token_blocks = experts ? p.routing.tiles : (p.m + tokens - 1) / tokens, row_blocks = (p.n + rows - 1) / rows;
   const Division d = p.split > 0 ? division_of(p.split, room)
                                  : choose_division(room, cost, token_blocks, row_blocks, p.k_tiles);
   const float factor = operand == Operand::kE4m3                                    ? kFactorE4m3
@@ -269,7 +270,9 @@ void launch_divided(Kernel kernel, const Room& room, const BlockCost& cost, int 
                                                                                : 1.0f;
   const int size = d.split * d.share, groups = (row_blocks + d.share - 1) / d.share;
   const bool some = takes_items && d.split == 1 && token_blocks * groups > room.shared[size];
-  const dim3 grid = some ? dim3(size, 1, room.shared[size]) : dim3(size, token_blocks, groups);
+  const dim3 grid = some      ? dim3(size, 1, room.shared[size])
+                    : experts ? dim3(size, groups, token_blocks)
+                              : dim3(size, token_blocks, groups);
   if (token_blocks * groups <= room.alone[size]) smem = kAloneSmem;
   launch_after(kernel, grid, dim3(threads), smem, size, stream, GemmArgs{p, factor, d.split, token_blocks * groups});
 }

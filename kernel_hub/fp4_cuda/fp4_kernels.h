@@ -6,6 +6,21 @@
 
 namespace fp4 {
 
+// Rows first..first + rows - 1 of the sorted rows, which `expert` gets; none if rows is 0. end: the first row of no expert.
+struct alignas(16) Segment {
+  int expert, first, rows, end;
+};
+
+// Of a layer of experts: where each one's rows start, in rows sorted by expert, and which token a row is.
+struct Routing {
+  const void* offsets;  // int32 or int64 [experts + 1]
+  const void* index;    // int32 or int64 [rows], or null: row i is token i
+  bool offsets_are_64, index_is_64;
+  int experts;          // 0: no experts
+  int tiles;            // as many tiles of rows as there can be, whatever the routing
+  Segment* segments;    // [tiles], or null
+};
+
 struct ActivationProblem {
   const void* x;        // bf16 or fp16 [M, K]
   bool x_is_bf16;
@@ -24,6 +39,9 @@ struct ActivationProblem {
   bool packed;          // codes and row-major scales instead of tiles
   bool plain;           // row-major values instead of tiles
   bool natural;         // tiled output for run_gemv
+  // With segments: tile i of the output has the tokens of the rows of segment i, and token_scale (per token) is per row.
+  Routing routing;
+  const float* gathered_scale;  // float32 [tokens], what token_scale of a row is taken from, or null
 };
 
 struct GemmProblem {
@@ -45,6 +63,9 @@ struct GemmProblem {
   // work, 10 * share + split: split blocks divide K, share blocks of neighbouring rows (1, 2, 4 or 8; 0 is 1) fetch their
   // tokens together; split * share is at most 8.
   int split;
+  // Experts: weight, row_scale and bias are stacked and m counts the rows of all. run_gemv's x is then every token by itself
+  // (tiles of one token), run_gemm_sm90's one tile for each segment.
+  Routing routing;
 };
 
 // Tokens that run_gemv_fused rotates and quantizes itself. GemmProblem's x and token_scale are not used then.
@@ -64,10 +85,13 @@ struct PrepareProblem {
   float* row_scale;
   int n, k;
   int format;
+  int experts;            // so many matrices one after the other, `global` has one value for each
 };
 
 // Row-major E4M3 [N, K] of a prepared mxfp4 weight, and what to multiply each row by.
 void run_expand_e4m3(const PrepareProblem& p, uint8_t* out, float* out_scale, cudaStream_t stream);
+// Fills routing.segments with tiles of `tile` rows.
+void run_segments(const Routing& routing, int tile, cudaStream_t stream);
 void run_activation(const ActivationProblem& p, cudaStream_t stream);
 void run_gemv(const GemmProblem& p, cudaStream_t stream);
 // The same bits as run_activation and run_gemv, for up to 8 tokens that fit in a block's shared memory.

@@ -8,6 +8,7 @@
 // every time and no workspace exists. Blocks of a cluster with neighbouring rows share the tokens they fetch.
 #include "cluster_sm90.cuh"
 #include "expand_fp4.cuh"
+#include "routing.cuh"
 #include "wgmma_sm90.cuh"
 
 namespace fp4 {
@@ -31,9 +32,9 @@ struct Shape {
   // Alone on its multiprocessor and with registers to spare, a block does several items, so that the ring is filled for the
   // next one while the results of one are written.
   static constexpr bool kItems = kE4m3 && kTokens >= 128;
-  static constexpr int kTilesPerStage = kE4m3 ? kPromoteTiles : kTokens == 32 ? 4 : kTokens <= 128 ? 2 : 1;
+  static constexpr int kTilesPerStage = kE4m3 ? kPromoteTiles : kTokens <= 128 ? 2 : 1;
   static constexpr int kStages = kE4m3 ? (kTokens == 64 ? 6 : kTokens == 256 ? 5 : 8)
-                                       : (kTokens == 32 ? 3 : kTokens == 64 ? 4 : 5);
+                                       : (kTokens == 32 ? 6 : kTokens == 64 ? 4 : 5);
 };
 
 template <Operand kOperand, Format kFormat, int kTokens>
@@ -74,6 +75,8 @@ struct Items {
         first(blockIdx.z * gridDim.y + blockIdx.y),
         step(gridDim.y * gridDim.z),
         count(args.items == step ? 1 : (args.items - first + step - 1) / step) {}
+  // Of experts: row blocks first, so that a tile of tokens is read while it is in L2. Grid: y is the group of row blocks.
+  __device__ __forceinline__ Items() : token_blocks(gridDim.z), first(blockIdx.y * gridDim.z + blockIdx.z), step(1), count(1) {}
   __device__ __forceinline__ int token_block(int i) const {
     return token_blocks == 1 ? 0 : (first + i * step) % token_blocks;
   }
@@ -403,17 +406,13 @@ __device__ __forceinline__ void write(const GemmArgs& args, const ClusterPlace& 
   add_and_write<kTokens, kRows, kConsumers, Out>(args, place, base, token_block);
 }
 
-
 template <Operand kOperand, Format kFormat, int kTokens>
-__global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOperand, kTokens>::kBlocksPerSm)
-    gemm_w4_kernel(const __grid_constant__ GemmArgs args) {
+__device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlace place, const Items& items, bool experts) {
   using T = Traits<kOperand, kFormat, kTokens>;
   extern __shared__ uint8_t raw[];
   const GemmProblem& p = args.p;
   const uint32_t base = (smem_address(raw) + 127) & ~127u;
   const Ring<T> ring{base, base + T::kRing};
-  ClusterPlace place(args);
-  const Items items(args, kTokens);
   const int first = static_cast<int>(static_cast<int64_t>(p.k_tiles) * place.part / place.split);
   const Range k{first, static_cast<int>(static_cast<int64_t>(p.k_tiles) * (place.part + 1) / place.split) - first};
   const bool clustered = gridDim.x > 1;
@@ -452,7 +451,7 @@ __global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOpe
     const Releaser releaser(place, ring.empty(0));
     Cursor<T> at;
     for (int i = 0; i < (T::kItems ? items.count : 1); ++i) {
-      const int token_block = items.token_block(i);
+      const int token_block = experts ? 0 : items.token_block(i);  // an expert's results start at its own first row
       place.row_block = place.row_block_of(items.row_group(i));
       float acc[kTokens / 2];
 #pragma unroll
@@ -471,9 +470,34 @@ __global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOpe
 }
 
 template <Operand kOperand, Format kFormat, int kTokens>
+__global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOperand, kTokens>::kBlocksPerSm)
+    gemm_w4_kernel(const __grid_constant__ GemmArgs args) {
+  multiply_block<kOperand, kFormat, kTokens>(args, ClusterPlace(args, blockIdx.z), Items(args, kTokens), false);
+}
+
+// Each tile of tokens has an expert's weights. Tiles beyond the last end at once.
+template <Operand kOperand, Format kFormat, int kTokens>
+__global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOperand, kTokens>::kBlocksPerSm)
+    gemm_w4_experts_kernel(const __grid_constant__ GemmArgs all) {
+  const Segment segment = load_segment(all.p.routing.segments, blockIdx.z);
+  if (segment.end < all.p.m) {
+    grid_dependency_wait();
+    zero_absent_rows(all.p, segment.end);
+  }
+  if (segment.rows == 0) return;
+  GemmArgs args = all;
+  take_segment(args.p, segment, tile_bytes(kFormat));
+  if (args.p.token_scale != nullptr) args.p.token_scale += segment.first * args.p.token_scale_stride;
+  multiply_block<kOperand, kFormat, kTokens>(args, ClusterPlace(args, blockIdx.y), Items(), true);
+}
+
+template <Operand kOperand, Format kFormat, int kTokens, bool kExperts = false>
 void launch(const GemmProblem& p, cudaStream_t stream) {
   using T = Traits<kOperand, kFormat, kTokens>;
-  const auto kernel = gemm_w4_kernel<kOperand, kFormat, kTokens>;
+  const auto kernel = [] {
+    if constexpr (kExperts) return gemm_w4_experts_kernel<kOperand, kFormat, kTokens>;
+    else return gemm_w4_kernel<kOperand, kFormat, kTokens>;
+  }();
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAloneSmem), "shared memory");
   static const Room room{count_clusters(kernel, T::kThreads, T::kSmem), count_clusters(kernel, T::kThreads, kAloneSmem)};
   // E4M3 has twice the tensor cores' rate, and of few tokens the expansion takes longer.
@@ -484,6 +508,15 @@ void launch(const GemmProblem& p, cudaStream_t stream) {
 
 template <Operand kOperand, Format kFormat>
 void dispatch_tokens(const GemmProblem& p, cudaStream_t stream) {
+  if constexpr (kOperand != Operand::kE4m3) {
+    if (p.routing.experts > 0) {
+      switch (p.token_tile) {
+        case 32: return launch<kOperand, kFormat, 32, true>(p, stream);
+        case 64: return launch<kOperand, kFormat, 64, true>(p, stream);
+        default: return launch<kOperand, kFormat, 128, true>(p, stream);
+      }
+    }
+  }
   switch (p.token_tile) {
     case 32: return launch<kOperand, kFormat, 32>(p, stream);
     case 64: return launch<kOperand, kFormat, 64>(p, stream);

@@ -11,8 +11,21 @@ __device__ __forceinline__ uint32_t stored_code(const uint8_t* weight, int n, in
   return (weight[(static_cast<int64_t>(row) * k + col) / 2] >> (4 * (col & 1))) & 15;
 }
 
+// The matrix of expert blockIdx.y.
+__device__ __forceinline__ PrepareProblem of_expert(PrepareProblem p) {
+  const int64_t expert = blockIdx.y, rows = expert * p.n;
+  const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
+  if (p.weight != nullptr) p.weight += rows * (p.k / 2);
+  if (p.scale != nullptr) p.scale += rows * (p.k / (nvfp4 ? 16 : 32));
+  if (p.global != nullptr) p.global += expert;
+  p.packed += expert * ((p.n + 63) / 64) * ((p.k + 63) / 64) * tile_bytes(static_cast<Format>(p.format));
+  p.row_scale += rows;
+  return p;
+}
+
 // Largest E8M0 exponent of each row, as the row's scale 2^(e-127); nvfp4: 2^7 / global for every row.
-__global__ void row_scale_kernel(const PrepareProblem p) {
+__global__ void row_scale_kernel(const PrepareProblem all) {
+  const PrepareProblem p = of_expert(all);
   const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
   if (row >= p.n) return;
   if (p.format == static_cast<int>(Format::kNvfp4)) {
@@ -40,7 +53,8 @@ __device__ __forceinline__ int prepared_scale(const PrepareProblem& p, int row, 
 
 // One block of 128 threads per 64 x 64 tile; a thread owns one lane's 16 bytes.
 template <Format F>
-__global__ void __launch_bounds__(128) prepare_kernel(const PrepareProblem p) {
+__global__ void __launch_bounds__(128) prepare_kernel(const PrepareProblem all) {
+  const PrepareProblem p = of_expert(all);
   const int k_tiles = (p.k + 63) / 64;
   const int tile_n = blockIdx.x / k_tiles, tile_k = blockIdx.x % k_tiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
@@ -66,8 +80,11 @@ __global__ void __launch_bounds__(128) prepare_kernel(const PrepareProblem p) {
 }
 
 template <Format F>
-__global__ void __launch_bounds__(128) restore_kernel(const PrepareProblem p, uint8_t* weight, uint8_t* scale) {
+__global__ void __launch_bounds__(128) restore_kernel(const PrepareProblem all, uint8_t* weight, uint8_t* scale) {
   constexpr int kGroup = F == Format::kNvfp4 ? 16 : 32;
+  const PrepareProblem p = of_expert(all);
+  weight += static_cast<int64_t>(blockIdx.y) * p.n * (p.k / 2);
+  scale += static_cast<int64_t>(blockIdx.y) * p.n * (p.k / kGroup);
   const int k_tiles = (p.k + 63) / 64;
   const int tile_n = blockIdx.x / k_tiles, tile_k = blockIdx.x % k_tiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
@@ -126,8 +143,8 @@ void run_expand_e4m3(const PrepareProblem& p, uint8_t* out, float* out_scale, cu
 }
 
 void run_prepare(const PrepareProblem& p, cudaStream_t stream) {
-  const int tiles = (p.n + 63) / 64 * ((p.k + 63) / 64);
-  row_scale_kernel<<<(p.n + 7) / 8, 256, 0, stream>>>(p);
+  const dim3 tiles((p.n + 63) / 64 * ((p.k + 63) / 64), p.experts);
+  row_scale_kernel<<<dim3((p.n + 7) / 8, p.experts), 256, 0, stream>>>(p);
   check_cuda(cudaGetLastError(), "row_scale_kernel");
   if (p.format == static_cast<int>(Format::kNvfp4)) prepare_kernel<Format::kNvfp4><<<tiles, 128, 0, stream>>>(p);
   else prepare_kernel<Format::kMxfp4><<<tiles, 128, 0, stream>>>(p);
@@ -135,7 +152,7 @@ void run_prepare(const PrepareProblem& p, cudaStream_t stream) {
 }
 
 void run_restore(const PrepareProblem& p, uint8_t* weight, uint8_t* scale, cudaStream_t stream) {
-  const int tiles = (p.n + 63) / 64 * ((p.k + 63) / 64);
+  const dim3 tiles((p.n + 63) / 64 * ((p.k + 63) / 64), p.experts);
   if (p.format == static_cast<int>(Format::kNvfp4))
     restore_kernel<Format::kNvfp4><<<tiles, 128, 0, stream>>>(p, weight, scale);
   else

@@ -46,6 +46,22 @@ def trace(kernels, format, activations, m, n=48, k=192):
         assert scales.shape == (2 * m, k // group) and scales.dtype == scale_dtype
         assert multiplier.dtype == torch.float32
         assert multiplier.shape == (2 * m if format == "nvfp4" and static is None else 1,)
+    trace_experts(kernels, weight, scale, divisor, x[0], activations)
+
+
+def trace_experts(kernels, weight, scale, divisor, x, activations):
+    if kernels._cpu.is_compiled():
+        return
+    experts, (n, k) = 3, (weight.shape[0], x.shape[1])
+    stored = [t.expand(experts, *t.shape).contiguous() for t in (weight, scale)]
+    prepared = kernels.prepare_experts(*stored, None if divisor is None else divisor.expand(experts))
+    assert prepared.row_scale.shape == (experts, n) and prepared.row_scale.dtype == torch.float32
+    restored = kernels.restore_weight(*prepared, n, k)
+    assert [(t.shape, t.dtype) for t in restored] == [(t.shape, t.dtype) for t in stored]
+    offsets = torch.empty(experts + 1, dtype=torch.int64)
+    for index in (None, torch.empty(7, dtype=torch.int32)):
+        y = kernels.grouped_linear(x, offsets, *prepared, index=index, activations=activations, hadamard=64)
+        assert y.shape == (len(x) if index is None else 7, n) and y.dtype == x.dtype
 
 
 def main(*libraries: str) -> None:

@@ -59,6 +59,46 @@ SHAPES = [
     Shape(515, 1040, 2176),
 ]
 
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """One matrix of all experts of a layer."""
+
+    counts: tuple[int, ...]  # rows of each expert
+    absent: int  # rows of no expert, after them
+    tokens: int  # that the rows are gathered from
+    n: int
+    k: int
+
+    @property
+    def rows(self) -> int:
+        return sum(self.counts) + self.absent
+
+    @property
+    def id(self) -> str:
+        return f"e{len(self.counts)}_r{self.rows}_n{self.n}_k{self.k}"
+
+
+# Experts without rows, with one, with less and more than every tile; none at all; more experts than a warp takes at once.
+EXPERT_SHAPES = [
+    ExpertShape((0, 1, 18, 0, 3), 2, 9, 80, 256),
+    ExpertShape((0, 0, 0), 5, 3, 48, 128),
+    ExpertShape((1,) * 8, 0, 1, 1536, 2048),
+    ExpertShape((0, 2) * 70 + (1, 17, 8, 9, 16), 1, 16, 528, 640),
+    ExpertShape((33, 0, 64, 65, 31, 32, 128, 129, 1), 0, 100, 336, 1152),
+    ExpertShape((300, 7), 40, 150, 144, 96),
+    ExpertShape((0,) * 260 + (5, 40), 0, 20, 272, 384),
+]
+
+
+def expert_variants() -> list[int]:
+    """Values of grouped_linear's `variant`: 1000 * rows of a tile + slices of a block (up to 16), or the division."""
+    few = [1000 * tile + rounds for tile in (8, 16) for rounds in (0, 1, 2, 4)]
+    return few + [
+        1000 * tile + division for tile in (32, 64, 128) for division in (0, 1, 2, 3, 8, 21, 22, 41, 81)
+    ]
+
+
 MODES = [
     Mode("nvfp4", "bf16", None),
     Mode("nvfp4", "bf16", 16, dtype="float16"),

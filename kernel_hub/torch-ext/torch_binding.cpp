@@ -3,6 +3,7 @@
 #include "torch_binding.h"
 
 #include <cuda_runtime.h>
+#include <algorithm>
 #include <array>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -82,12 +83,15 @@ void check_hadamard(int64_t size, int64_t k) {
   STD_TORCH_CHECK(size == 0 || k % size == 0, "hadamard ", size, " does not divide in_features ", k);
 }
 
+// Of one matrix [tiles of rows, tiles of k, bytes], or of those of experts [E, ...].
 int64_t format_of(const Tensor& packed) {
-  STD_TORCH_CHECK(packed.is_cuda() && packed.is_contiguous() && packed.dim() == 3 &&
-                      (packed.size(2) == kTileBytesNvfp4 || packed.size(2) == kTileBytesMxfp4),
+  STD_TORCH_CHECK(packed.is_cuda() && packed.is_contiguous() && (packed.dim() == 3 || packed.dim() == 4) &&
+                      (packed.size(-1) == kTileBytesNvfp4 || packed.size(-1) == kTileBytesMxfp4),
                   "packed must come from prepare_weight");
-  return packed.size(2) == kTileBytesNvfp4 ? kNvfp4 : kMxfp4;
+  return packed.size(-1) == kTileBytesNvfp4 ? kNvfp4 : kMxfp4;
 }
+
+int64_t experts_of(const Tensor& packed) { return packed.dim() == 4 ? packed.size(0) : 1; }
 
 fp4::ActivationProblem activation_problem(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
                                           int64_t hadamard, int64_t rule) {
@@ -115,6 +119,7 @@ fp4::PrepareProblem prepare_problem(const Tensor& packed, const Tensor& row_scal
   p.n = static_cast<int>(n);
   p.k = static_cast<int>(k);
   p.format = static_cast<int>(format);
+  p.experts = static_cast<int>(experts_of(packed));
   return p;
 }
 
@@ -129,11 +134,12 @@ ScalarType output_type(bool out_is_bf16) { return out_is_bf16 ? ScalarType::BFlo
 // Everything but the tokens and the output.
 fp4::GemmProblem gemm_problem(const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
                               int64_t m, int64_t operand, bool out_is_bf16) {
-  const int64_t n = row_scale.numel();
-  STD_TORCH_CHECK(div_up(n, 64) == packed.size(0) && n % 16 == 0, "row_scale does not belong to this prepared weight");
-  STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == n && bias->scalar_type() == output_type(out_is_bf16) &&
+  const int64_t n = row_scale.size(-1), experts = experts_of(packed);
+  STD_TORCH_CHECK(div_up(n, 64) == packed.size(-3) && n % 16 == 0 && row_scale.numel() == experts * n,
+                  "row_scale does not belong to this prepared weight");
+  STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == experts * n && bias->scalar_type() == output_type(out_is_bf16) &&
                                         bias->is_contiguous()),
-                  "bias must be contiguous [N] of the output dtype");
+                  "bias must be contiguous [N], of experts [E, N], of the output dtype");
   fp4::GemmProblem p = {};
   p.weight = static_cast<const uint8_t*>(packed.data_ptr());
   p.row_scale = static_cast<const float*>(row_scale.data_ptr());
@@ -141,7 +147,7 @@ fp4::GemmProblem gemm_problem(const Tensor& packed, const Tensor& row_scale, con
   p.out_is_bf16 = out_is_bf16;
   p.m = static_cast<int>(m);
   p.n = static_cast<int>(n);
-  p.k_tiles = static_cast<int>(packed.size(1));
+  p.k_tiles = static_cast<int>(packed.size(-2));
   p.token_tile = static_cast<int>(token_tile(m));
   p.format = static_cast<int>(format_of(packed));
   p.operand = kernel_operand(operand);
@@ -160,20 +166,28 @@ void run_gemm(const fp4::GemmProblem& p, cudaStream_t stream) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> prepare_weight(const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& global) {
-  STD_TORCH_CHECK(weight.is_cuda() && weight.is_contiguous() && weight.scalar_type() == ScalarType::Byte && weight.dim() == 2,
-                  "weight must be a contiguous CUDA uint8 tensor [N, K/2]");
-  const int64_t n = weight.size(0), k = weight.size(1) * 2;
+  STD_TORCH_CHECK(weight.is_cuda() && weight.is_contiguous() && weight.scalar_type() == ScalarType::Byte &&
+                      (weight.dim() == 2 || weight.dim() == 3),
+                  "weight must be a contiguous CUDA uint8 tensor [N, K/2] or, of experts, [E, N, K/2]");
+  const int64_t n = weight.size(-2), k = weight.size(-1) * 2, experts = weight.dim() == 3 ? weight.size(0) : 1;
   const int64_t format = scale.scalar_type() == ScalarType::Float8_e4m3fn ? kNvfp4 : kMxfp4;
   STD_TORCH_CHECK(format == kNvfp4 || scale.scalar_type() == ScalarType::Byte,
                   "weight_scale must be float8_e4m3fn (nvfp4) or uint8 (mxfp4)");
   const int64_t group = format == kNvfp4 ? 16 : 32;
   STD_TORCH_CHECK(n % 16 == 0 && k % group == 0, "N must be a multiple of 16 and K of ", group, ", got ", n, " x ", k);
-  STD_TORCH_CHECK(scale.is_contiguous() && scale.dim() == 2 && scale.size(0) == n && scale.size(1) == k / group,
-                  "weight_scale must be a contiguous [N, K/", group, "]");
+  STD_TORCH_CHECK(scale.is_contiguous() && scale.dim() == weight.dim() && scale.size(-2) == n &&
+                      scale.size(-1) == k / group && scale.numel() == experts * n * (k / group),
+                  "weight_scale must be a contiguous [N, K/", group, "] or, of experts, [E, N, K/", group, "]");
+  STD_TORCH_CHECK(!global.has_value() || (global->numel() == experts && global->is_contiguous()),
+                  "weight_global_scale must be contiguous, with one value for each expert");
+  STD_TORCH_CHECK(experts > 0 && experts < 65536, "1 to 65535 experts, got ", experts);
   const DeviceGuard guard(weight.get_device_index());
   const int64_t tile = format == kNvfp4 ? kTileBytesNvfp4 : kTileBytesMxfp4;
-  Tensor packed = new_tensor(weight, {div_up(n, 64), div_up(k, 64), tile}, ScalarType::Byte);
-  Tensor row_scale = new_tensor(weight, {n}, ScalarType::Float);
+  const bool stacked = weight.dim() == 3;
+  Tensor packed = stacked ? new_tensor(weight, {experts, div_up(n, 64), div_up(k, 64), tile}, ScalarType::Byte)
+                          : new_tensor(weight, {div_up(n, 64), div_up(k, 64), tile}, ScalarType::Byte);
+  Tensor row_scale = stacked ? new_tensor(weight, {experts, n}, ScalarType::Float)
+                             : new_tensor(weight, {n}, ScalarType::Float);
   fp4::PrepareProblem p = prepare_problem(packed, row_scale, n, k, format);
   p.weight = static_cast<const uint8_t*>(weight.data_ptr());
   p.scale = static_cast<const uint8_t*>(scale.data_ptr());
@@ -184,12 +198,16 @@ std::tuple<Tensor, Tensor> prepare_weight(const Tensor& weight, const Tensor& sc
 
 std::tuple<Tensor, Tensor> restore_weight(const Tensor& packed, const Tensor& row_scale, int64_t n, int64_t k) {
   const int64_t format = format_of(packed);
-  STD_TORCH_CHECK(div_up(n, 64) == packed.size(0) && div_up(k, 64) == packed.size(1) && row_scale.numel() == n,
+  const int64_t experts = experts_of(packed), scales = k / (format == kNvfp4 ? 16 : 32);
+  STD_TORCH_CHECK(div_up(n, 64) == packed.size(-3) && div_up(k, 64) == packed.size(-2) && row_scale.numel() == experts * n,
                   "restore_weight: ", n, " x ", k, " is not the shape of this prepared weight");
   const DeviceGuard guard(packed.get_device_index());
-  Tensor weight = new_tensor(packed, {n, k / 2}, ScalarType::Byte);
-  Tensor scale = format == kNvfp4 ? new_tensor(packed, {n, k / 16}, ScalarType::Float8_e4m3fn)
-                                  : new_tensor(packed, {n, k / 32}, ScalarType::Byte);
+  const bool stacked = packed.dim() == 4;
+  const ScalarType scale_type = format == kNvfp4 ? ScalarType::Float8_e4m3fn : ScalarType::Byte;
+  Tensor weight = stacked ? new_tensor(packed, {experts, n, k / 2}, ScalarType::Byte)
+                          : new_tensor(packed, {n, k / 2}, ScalarType::Byte);
+  Tensor scale = stacked ? new_tensor(packed, {experts, n, scales}, scale_type)
+                         : new_tensor(packed, {n, scales}, scale_type);
   fp4::run_restore(prepare_problem(packed, row_scale, n, k, format), static_cast<uint8_t*>(weight.data_ptr()),
                    static_cast<uint8_t*>(scale.data_ptr()), current_stream(packed));
   return {weight, scale};
@@ -276,7 +294,8 @@ static Tensor library_gemm(const Tensor& tokens, const Tensor& token_scale, cons
 
 Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
                      const std::optional<Tensor>& bias, int64_t m, int64_t operand, bool out_is_bf16, int64_t split) {
-  const int64_t format = format_of(packed), k_tiles = packed.size(1);
+  const int64_t format = format_of(packed), k_tiles = packed.size(-2);
+  STD_TORCH_CHECK(packed.dim() == 3, "weights of experts are for grouped_linear");
   operand = operand_for(m, operand, out_is_bf16);
   const bool library = operand == kE4m3Rows;
   const int64_t tile = token_tile(m);
@@ -316,6 +335,7 @@ static Tensor fused_linear(const Tensor& x, const Tensor& packed, const Tensor& 
 Tensor prepared_linear(const Tensor& x, const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& global, int64_t operand, bool quantize, int64_t hadamard,
                        int64_t rule) {
+  STD_TORCH_CHECK(packed.dim() == 3, "weights of experts are for grouped_linear");
   STD_TORCH_CHECK(div_up(x.size(-1), 64) == packed.size(1), "x has ", x.size(-1), " features, the weight does not");
   const bool per_token = quantize && format_of(packed) == kNvfp4 && !global.has_value();  // needs all of a token first
   if (tokens_of(x) <= kFusedTokens && !per_token && tokens_of(x) * packed.size(1) * 128 <= kFusedBytes &&
@@ -325,6 +345,115 @@ Tensor prepared_linear(const Tensor& x, const Tensor& packed, const Tensor& row_
   auto [tokens, token_scale] = prepare_activation(x, global, format_of(packed), operand, quantize, hadamard, rule);
   return prepared_gemm(tokens, token_scale, packed, row_scale, bias, tokens_of(x), operand,
                        x.scalar_type() == ScalarType::BFloat16, 0);
+}
+
+// Rows of a tile, by rows per expert on average. Up to 16: run_gemv.
+static int64_t expert_tile(int64_t rows, int64_t experts) {
+  if (rows <= 4 * experts) return 8;
+  if (rows <= 12 * experts) return 16;
+  if (rows <= 24 * experts) return 32;
+  return rows <= 512 * experts ? 64 : 128;
+}
+
+static bool is_integer(const Tensor& t) {
+  return t.is_cuda() && t.is_contiguous() && t.dim() == 1 &&
+         (t.scalar_type() == ScalarType::Long || t.scalar_type() == ScalarType::Int);
+}
+
+static fp4::Routing routing_of(const Tensor& offsets, const std::optional<Tensor>& index, int64_t experts, int64_t rows,
+                               int64_t tile) {
+  STD_TORCH_CHECK(is_integer(offsets) && offsets.numel() == experts + 1,
+                  "offsets must be contiguous CUDA int64 or int32 [", experts + 1, "]");
+  STD_TORCH_CHECK(!index.has_value() || is_integer(*index), "index must be contiguous CUDA int64 or int32 [S]");
+  fp4::Routing r = {};
+  r.offsets = offsets.data_ptr();
+  r.index = data_or_null(index);
+  r.offsets_are_64 = offsets.scalar_type() == ScalarType::Long;
+  r.index_is_64 = index.has_value() && index->scalar_type() == ScalarType::Long;
+  r.experts = static_cast<int>(experts);
+  r.tiles = static_cast<int>(rows / tile + std::min(experts, rows));  // an expert with rows has at most one not full
+  STD_TORCH_CHECK(r.tiles < 65536, "at most 65535 tiles of ", tile, " rows, got ", r.tiles);
+  return r;
+}
+
+// Tiles of rows for run_gemm_sm90. Rows of one token are rotated and quantized once: first to plain values, if any have to
+// be, then gathered.
+static std::tuple<Tensor, Tensor> gather_tiles(const Tensor& x, fp4::ActivationProblem p, const fp4::Routing& routing,
+                                               int64_t tile, int64_t rows, bool per_token, cudaStream_t stream) {
+  Tensor source = x, token_scale = new_tensor(x, {per_token ? p.m : p.quantize ? 1 : 0}, ScalarType::Float);
+  const auto scale_of = [](const Tensor& t) { return t.numel() > 0 ? static_cast<float*>(t.data_ptr()) : nullptr; };
+  p.token_scale = scale_of(token_scale);
+  if (routing.index != nullptr && (p.quantize || p.hadamard > 0)) {
+    source = new_tensor(x, {p.m, p.k}, p.quantize ? ScalarType::BFloat16 : x.scalar_type());
+    p.out = source.data_ptr();
+    p.plain = true;
+    fp4::run_activation(p, stream);
+    p.plain = p.quantize = false;
+    p.hadamard = 0;
+    p.x = source.data_ptr();
+    p.x_is_bf16 = source.scalar_type() == ScalarType::BFloat16;
+    p.token_scale = nullptr;
+    if (per_token) {
+      p.gathered_scale = scale_of(token_scale);
+      token_scale = new_tensor(x, {rows}, ScalarType::Float);
+      p.token_scale = scale_of(token_scale);
+    }
+  }
+  Tensor tokens = new_tensor(x, {routing.tiles * tile * p.k_padded * 2}, ScalarType::Byte);
+  p.routing = routing;
+  p.m = static_cast<int>(routing.tiles * tile);
+  p.token_tile = static_cast<int>(tile);
+  p.out = tokens.data_ptr();
+  fp4::run_activation(p, stream);
+  return {tokens, token_scale};
+}
+
+// variant: 0, or for measuring 1000 * tile + GemmProblem::split.
+Tensor grouped_linear(const Tensor& x, const Tensor& offsets, const std::optional<Tensor>& index, const Tensor& packed,
+                      const Tensor& row_scale, const std::optional<Tensor>& bias, const std::optional<Tensor>& global,
+                      int64_t operand, bool quantize, int64_t hadamard, int64_t rule, int64_t variant) {
+  const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16;
+  const int64_t format = format_of(packed), experts = experts_of(packed);
+  fp4::ActivationProblem a = activation_problem(x, global, format, hadamard, rule);
+  check_operand(a, operand, quantize);
+  STD_TORCH_CHECK(packed.dim() == 4 && operand < kE4m3, "grouped_linear takes weights of experts, and 16-bit operands");
+  STD_TORCH_CHECK(div_up(a.k, 64) == packed.size(-2), "x has ", a.k, " features, the weights do not");
+  const int64_t rows = index.has_value() ? index->numel() : a.m;
+  const DeviceGuard guard(x.get_device_index());
+  const cudaStream_t stream = current_stream(x);
+  fp4::GemmProblem p = gemm_problem(packed, row_scale, bias, rows, operand, out_is_bf16);
+  Tensor out = new_tensor(x, {rows, p.n}, x.scalar_type());
+  if (rows == 0) return out;
+  const int64_t tile = variant > 0 ? variant / 1000 : expert_tile(rows, experts);
+  const bool per_token = quantize && format == kNvfp4 && !global.has_value(), few = tile <= kGemvTokens;
+  fp4::Routing routing = routing_of(offsets, index, experts, rows, tile);
+  Tensor tokens, token_scale, segments;
+  a.quantize = quantize;
+  if (few) {
+    tokens = new_tensor(x, {static_cast<int64_t>(a.m) * a.k_padded * 2}, ScalarType::Byte);
+    token_scale = new_tensor(x, {per_token ? a.m : quantize ? 1 : 0}, ScalarType::Float);
+    a.token_tile = 1;
+    a.natural = true;
+    a.routing.experts = routing.experts;
+    a.out = tokens.data_ptr();
+    a.token_scale = quantize ? static_cast<float*>(token_scale.data_ptr()) : nullptr;
+    fp4::run_activation(a, stream);
+  } else {
+    segments = new_tensor(x, {routing.tiles, 4}, ScalarType::Int);
+    routing.segments = static_cast<fp4::Segment*>(segments.data_ptr());
+    fp4::run_segments(routing, static_cast<int>(tile), stream);
+    std::tie(tokens, token_scale) = gather_tiles(x, a, routing, tile, rows, per_token, stream);
+  }
+  p.x = tokens.data_ptr();
+  p.out = out.data_ptr();
+  p.token_scale = quantize ? static_cast<const float*>(token_scale.data_ptr()) : nullptr;
+  p.token_scale_stride = per_token ? 1 : 0;
+  p.token_tile = static_cast<int>(tile);
+  p.split = static_cast<int>(variant % 1000);
+  p.routing = routing;
+  if (few) fp4::run_gemv(p, stream);
+  else fp4::run_gemm_sm90(p, stream);
+  return out;
 }
 
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
@@ -344,6 +473,9 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "prepared_linear(Tensor x, Tensor packed, Tensor row_scale, Tensor? bias, Tensor? global_scale, int operand,"
       " bool quantize, int hadamard, int rule) -> Tensor");
+  ops.def(
+      "grouped_linear(Tensor x, Tensor offsets, Tensor? index, Tensor packed, Tensor row_scale, Tensor? bias,"
+      " Tensor? global_scale, int operand, bool quantize, int hadamard, int rule, int variant) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
@@ -354,6 +486,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("prepare_activation", TORCH_BOX(&prepare_activation));
   ops.impl("prepared_gemm", TORCH_BOX(&prepared_gemm));
   ops.impl("prepared_linear", TORCH_BOX(&prepared_linear));
+  ops.impl("grouped_linear", TORCH_BOX(&grouped_linear));
 }
 
 REGISTER_EXTENSION(TORCH_EXTENSION_NAME)

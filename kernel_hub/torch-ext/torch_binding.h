@@ -21,3 +21,6 @@ Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tens
 Tensor prepared_linear(const Tensor& x, const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& global, int64_t operand, bool quantize, int64_t hadamard,
                        int64_t rule);
+Tensor grouped_linear(const Tensor& x, const Tensor& offsets, const std::optional<Tensor>& index, const Tensor& packed,
+                      const Tensor& row_scale, const std::optional<Tensor>& bias, const std::optional<Tensor>& global,
+                      int64_t operand, bool quantize, int64_t hadamard, int64_t rule, int64_t variant);

@@ -4,7 +4,7 @@ A weight is re-laid out once (`prepare_weight`); `linear` then runs any number o
 compiled variant runs CUDA kernels, everywhere else (8.0 and newer) Triton ones, which on 10.x and 12.0 multiply W4A4 on FP4
 tensor cores (not run on Blackwell hardware). On a CPU the CPU build runs compiled code. `search_scales`, `gptq_solve` and
 `gptq_descend` choose the block scales and codes of a weight by GPTQ. `grouped_linear` runs one matrix of all experts of a
-layer, in Triton on every GPU. See the functions for shapes.
+layer, on GPUs. See the functions for shapes.
 """
 
 from ._gptq import gptq_descend, gptq_solve, search_scales

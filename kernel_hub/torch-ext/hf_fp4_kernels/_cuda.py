@@ -45,18 +45,19 @@ def _token_tile(m):
 def _register_fakes() -> None:
     @torch.library.register_fake(add_op_namespace_prefix("prepare_weight"))
     def _(weight, scale, global_scale):
-        n, k = weight.shape[0], weight.shape[1] * 2
+        *experts, n, half = weight.shape
         tile = TILE_BYTES["nvfp4" if scale.dtype == torch.float8_e4m3fn else "mxfp4"]
-        packed = weight.new_empty((_div_up(n, 64), _div_up(k, 64), tile))
-        return packed, weight.new_empty((n,), dtype=torch.float32)
+        packed = weight.new_empty((*experts, _div_up(n, 64), _div_up(half, 32), tile))
+        return packed, weight.new_empty((*experts, n), dtype=torch.float32)
 
     @torch.library.register_fake(add_op_namespace_prefix("restore_weight"))
     def _(packed, row_scale, n, k):
-        if packed.shape[2] == TILE_BYTES["nvfp4"]:
-            scale = packed.new_empty((n, k // 16), dtype=torch.float8_e4m3fn)
+        experts = packed.shape[:-3]
+        if packed.shape[-1] == TILE_BYTES["nvfp4"]:
+            scale = packed.new_empty((*experts, n, k // 16), dtype=torch.float8_e4m3fn)
         else:
-            scale = packed.new_empty((n, k // 32))
-        return packed.new_empty((n, k // 2)), scale
+            scale = packed.new_empty((*experts, n, k // 32))
+        return packed.new_empty((*experts, n, k // 2)), scale
 
     @torch.library.register_fake(add_op_namespace_prefix("rotate_quantize"))
     def _(x, global_scale, format, hadamard, rule):
@@ -100,6 +101,13 @@ def _register_fakes() -> None:
     @torch.library.register_fake(add_op_namespace_prefix("prepared_linear"))
     def _(x, packed, row_scale, bias, global_scale, operand, quantize, hadamard, rule):
         return x.new_empty((x.numel() // x.shape[-1], row_scale.shape[0]))
+
+    @torch.library.register_fake(add_op_namespace_prefix("grouped_linear"))
+    def _(
+        x, offsets, index, packed, row_scale, bias, global_scale, operand, quantize, hadamard, rule, variant
+    ):
+        rows = x.numel() // x.shape[-1] if index is None else index.shape[0]
+        return x.new_empty((rows, row_scale.shape[1]))
 
 
 if is_compiled():

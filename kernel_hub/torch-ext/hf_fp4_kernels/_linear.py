@@ -16,7 +16,8 @@ _FP4_TENSOR_CORES = torch.__version__ >= (2, 11)
 
 
 class PreparedWeight(NamedTuple):
-    """A weight as the kernels read it. `packed` has two dimensions for the Triton kernels, three for all others."""
+    """A weight as the kernels read it. `packed` has two dimensions for the Triton kernels, three for all others, and one more
+    in front for the experts of a layer, as `row_scale`."""
 
     packed: torch.Tensor  # uint8
     row_scale: torch.Tensor  # float32 [N], what a row's results are multiplied by
@@ -114,6 +115,22 @@ def _cuda_linear(x, q, packed, row_scale, bias):
     )
 
 
+def _cuda_grouped_linear(x, q, index, offsets, packed, row_scale, bias):
+    return ops.grouped_linear(
+        x, offsets, index, packed, row_scale, bias, q.global_scale, OPERANDS[q.operand], q.quantize, q.hadamard,
+        q.rule, 0,
+    )  # fmt: skip
+
+
+def _triton_grouped_linear(x, q, index, offsets, packed, row_scale, bias):
+    tokens, token_scale = _triton.ops_prepare_activation(
+        x, q.global_scale, q.format, q.quantize, q.hadamard, q.rule
+    )
+    return _triton.ops_grouped_gemm(
+        tokens, token_scale, index, offsets, packed, row_scale, bias, x.dtype == torch.bfloat16
+    )
+
+
 def _triton_tokens(x: torch.Tensor, q: _Quantization) -> PreparedTokens:
     tokens, token_scale = _triton.ops_prepare_activation(
         x, q.global_scale, q.format, q.quantize, q.hadamard, q.rule
@@ -202,6 +219,8 @@ class _Backend(NamedTuple):
     prepare_activation: Callable[[torch.Tensor, _Quantization], PreparedTokens]
     gemm: Callable  # PreparedTokens, packed, row_scale, bias -> [M, N]
     linear: Callable  # x, _Quantization, packed, row_scale, bias -> [M, N], or as x
+    # weight, weight_scale, weight_global_scale of all experts -> packed, row_scale
+    prepare_experts: Callable = _triton.prepare_experts
 
 
 _TRITON = _Backend(
@@ -221,6 +240,7 @@ _BACKENDS = {
         _cuda_tokens,
         _cuda_gemm,
         _cuda_linear,
+        lambda *arguments: ops.prepare_weight(*arguments),
     ),
     "triton": _TRITON,
     "blackwell": _TRITON._replace(
@@ -245,10 +265,10 @@ def _format_of_scale(weight_scale: torch.Tensor) -> str:
     raise ValueError(f"weight_scale must be float8_e4m3fn (nvfp4) or uint8 (mxfp4), got {weight_scale.dtype}")
 
 
-def _format_of_packed(packed: torch.Tensor, in_features: int) -> str:
-    if packed.dim() == 3:
-        return "nvfp4" if packed.shape[2] in (TILE_BYTES["nvfp4"], _cpu.TILE_BYTES["nvfp4"]) else "mxfp4"
-    return "nvfp4" if packed.shape[1] == in_features // 2 + in_features // 16 else "mxfp4"
+def _format_of_packed(packed: torch.Tensor, row_scale: torch.Tensor, in_features: int) -> str:
+    if packed.dim() == row_scale.dim() + 2:
+        return "nvfp4" if packed.shape[-1] in (TILE_BYTES["nvfp4"], _cpu.TILE_BYTES["nvfp4"]) else "mxfp4"
+    return "nvfp4" if packed.shape[-1] == in_features // 2 + in_features // 16 else "mxfp4"
 
 
 def _check_rule(format: str, rule: str) -> None:
@@ -302,12 +322,12 @@ def prepare_weight(
 def restore_weight(
     packed: torch.Tensor, row_scale: torch.Tensor, out_features: int, in_features: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `prepare_weight`: the stored `weight` and `weight_scale`, byte for byte."""
-    if packed.dim() == 3 and packed.shape[2] in _cpu.TILE_BYTES.values():
+    """The inverse of `prepare_weight` and of `prepare_experts`: the stored `weight` and `weight_scale`, byte for byte."""
+    if packed.dim() == row_scale.dim() + 1:
+        return _triton.restore_weight(packed, in_features, _format_of_packed(packed, row_scale, in_features))
+    if packed.shape[-1] in _cpu.TILE_BYTES.values():
         return ops.cpu_restore_weight(packed, out_features, in_features)
-    if packed.dim() == 3:
-        return ops.restore_weight(packed, row_scale, out_features, in_features)
-    return _triton.restore_weight(packed, in_features, _format_of_packed(packed, in_features))
+    return ops.restore_weight(packed, row_scale, out_features, in_features)
 
 
 def fp8_exact(weight: torch.Tensor, weight_scale: torch.Tensor) -> bool:
@@ -433,27 +453,34 @@ def linear(
     input_global_scale: float32 [1], divisor, nvfp4 W4A4; None: per token.
     fp8: False where `fp8_exact` said so (mxfp4 W4A4): multiply in bf16 instead of E4M3.
     """
-    format = _format_of_packed(packed, x.shape[-1])
+    format = _format_of_packed(packed, row_scale, x.shape[-1])
     q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8)
     y = _BACKENDS[_backend_of_weight(packed)].linear(x.contiguous(), q, packed, row_scale, bias)
     return y.view(*x.shape[:-1], row_scale.shape[0])
 
 
 def prepare_experts(
-    weight: torch.Tensor, weight_scale: torch.Tensor, weight_global_scale: torch.Tensor | None = None
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_global_scale: torch.Tensor | None = None,
+    *,
+    by_row: bool = False,
 ) -> PreparedWeight:
-    """Re-lays out one matrix of all experts for `grouped_linear`, whatever the GPU. Once at load.
+    """Re-lays out one matrix of all experts for `grouped_linear`. Once at load.
 
     weight: uint8 [E, N, K/2], low nibble = even k; N a multiple of 16.
     weight_scale: float8_e4m3fn [E, N, K/16] (nvfp4, not negative, finite) or uint8 E8M0 [E, N, K/32] (mxfp4).
     weight_global_scale: float32 [E], divisors (nvfp4) or None.
+    by_row: one row after the other, its scales behind its codes, as the Triton kernels have them on every GPU: for callers
+        that need views of any rows. The CUDA kernels' tiles are faster.
 
-    Returns packed uint8 [E, N, K/2 + scales], a row's scales behind its codes, and row_scale float32 [E, N].
+    Returns packed uint8 [E, ...], for each expert what `prepare_weight` gives, and row_scale float32 [E, N].
     """
     _check_weight(weight, weight_scale, weight_global_scale)
-    return PreparedWeight(
-        *_triton.prepare_experts(weight.contiguous(), weight_scale.contiguous(), weight_global_scale)
-    )
+    prepare = _triton.prepare_experts if by_row else _BACKENDS[_backend_on(weight.device)].prepare_experts
+    if weight_global_scale is not None:
+        weight_global_scale = weight_global_scale.float().contiguous()
+    return PreparedWeight(*prepare(weight.contiguous(), weight_scale.contiguous(), weight_global_scale))
 
 
 def grouped_linear(
@@ -478,16 +505,11 @@ def grouped_linear(
 
     The launches depend on shapes only, so a CUDA graph of it takes any routing.
     """
-    k = x.shape[-1]
-    format = "nvfp4" if packed.shape[2] == k // 2 + k // 16 else "mxfp4"
+    format = _format_of_packed(packed, row_scale, x.shape[-1])
     q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8=False)
     if offsets.shape[0] != packed.shape[0] + 1:
         raise ValueError(
             f"offsets must be [{packed.shape[0] + 1}] for {packed.shape[0]} experts, got {list(offsets.shape)}"
         )
-    tokens, token_scale = _triton.ops_prepare_activation(
-        x.contiguous(), q.global_scale, q.format, q.quantize, q.hadamard, q.rule
-    )
-    return _triton.ops_grouped_gemm(
-        tokens, token_scale, index, offsets, packed, row_scale, bias, x.dtype == torch.bfloat16
-    )
+    run = _cuda_grouped_linear if packed.dim() == 4 else _triton_grouped_linear
+    return run(x.contiguous(), q, index, offsets, packed, row_scale, bias)

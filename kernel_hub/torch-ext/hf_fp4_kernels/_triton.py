@@ -19,7 +19,7 @@ def prepare_weight(weight, weight_scale, weight_global_scale):
 
 
 def restore_weight(packed, in_features, format):
-    codes, scales = packed[:, : in_features // 2].contiguous(), packed[:, in_features // 2 :].contiguous()
+    codes, scales = packed[..., : in_features // 2].contiguous(), packed[..., in_features // 2 :].contiguous()
     return codes, scales.view(torch.float8_e4m3fn) if format == "nvfp4" else scales
 
 
