@@ -26,9 +26,7 @@ class SecondMoments:
     on the original stream may stand for ``x_original``: ``C`` is then ``sum y_original x^T`` ``[cross_rows, K]``.
     """
 
-    def __init__(
-        self, in_features: int, device: torch.device, *, cross: bool, cross_rows: int | None = None
-    ):
+    def __init__(self, in_features: int, device: torch.device, *, cross: bool, cross_rows: int | None = None):
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._cross = self._sum.new_zeros(cross_rows or in_features, in_features) if cross else None
         self.tokens = 0
@@ -284,7 +282,9 @@ class OrderedFactor:
         lower = self._lower
         del self._lower
         _invert_lower(lower)
-        return lower.flip(0, 1).contiguous()
+        reversed_ = lower.flip(0, 1)
+        del lower
+        return reversed_.contiguous()
 
 
 def _invert_lower(lower: torch.Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -367,7 +367,7 @@ def _side_by_side(tasks: list[Callable[[], torch.Tensor]], device: torch.device)
     if device.type != "cuda":
         return [task() for task in tasks]
     results, main = [], torch.cuda.current_stream(device)
-    streams = [torch.cuda.Stream(device) for _ in tasks]
+    streams = [_stream(device, number) for number in range(len(tasks))]
     for task, stream in zip(tasks, streams, strict=True):
         stream.wait_stream(main)
         with torch.cuda.stream(stream):
@@ -375,6 +375,12 @@ def _side_by_side(tasks: list[Callable[[], torch.Tensor]], device: torch.device)
     for stream in streams:
         main.wait_stream(stream)
     return results
+
+
+@cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    """The same every time: cuBLAS keeps memory for every stream that it has met."""
+    return torch.cuda.Stream(device)
 
 
 def spread(rows: torch.Tensor, count: int) -> torch.Tensor:
