@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.replace import linear_at
-from .capture import BlockCall, run_block
+from .capture import BlockCall, block_device, run_block
 from .team import Team
 
 LARGEST_EXPONENT = 6
@@ -102,6 +102,7 @@ def equalize(
     Returns:
         Norms' parameters that changed, by name relative to the block: they stay in the model beside the quantized linears.
     """
+    hidden = hidden.to(block_device(block))  # the block before may be elsewhere
     recorder = _Recorder(block)
     with recorder.hooks():
         before = run_block(block, hidden, call)
