@@ -3,15 +3,19 @@
     python examples/quantize_speed.py                      # Llama-3.1-8B's shape, 128 x 2048 tokens, on a GPU
     python examples/quantize_speed.py --layers 4           # four blocks of it; a block's time does not depend on its number
     python examples/quantize_speed.py --recipe paper --format mxfp4 --json times.json
+    python examples/quantize_speed.py --shape llama-70b --layers 2 --model-device cpu --total-only    # weights wait on the CPU
+    python examples/quantize_speed.py --recipe rtn         # rounding while a checkpoint loads, beside loading it as it is
 
 Stages are timed with the device synchronised before and after, which costs a little overlap; the total is of a second run
-without that, unless `--stages-only`.
+without that, unless `--stages-only`. What happens once, before the first block and at each kernel's first use, counts for
+"everything else" or for the stage that meets it first: with few `--layers` it weighs more than in a whole model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -35,17 +39,30 @@ LLAMA_8B = {
     "max_position_embeddings": 131072,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+SHAPES = {"llama-8b": LLAMA_8B, "llama-70b": LLAMA_70B}
+
 STAGES: dict[str, tuple[Any, str]] = {
+    "probe": (driver, "probe"),
+    "equalization": (driver, "equalize"),
     "forward passes": (forwards.PausedForward, "_advance"),
     "second moments": (group.SecondMoments, "add"),
     "rotate and quantize inputs": (group.Group, "_quantize_input"),
     "choice of rotations": (group.Group, "_best_size"),
-    "factorization": (group.DampedMoments, "of"),
-    "correction": (group.DampedMoments, "correct_target"),
+    "factorization": (group.OrderedFactor, "of"),
+    "correction": (group.OrderedFactor, "correct_target"),
+    "inverse of the factor": (group.OrderedFactor, "upper"),
     "scale search": (group, "weight_scales"),
     "columns (GPTQ)": (group, "solve"),
     "coordinate descent": (group, "descend"),
+    "rounding to nearest": (group, "round_weight"),
     "error report": (group, "output_power"),
+    "FP4 layers": (group.Group, "_take"),
 }
 """Where each stage's time is taken; what a stage calls within another one counts for the inner one only."""
 
@@ -111,13 +128,19 @@ def random_tokens(args: argparse.Namespace, vocab_size: int) -> data.Calibration
 
 def quantize(args: argparse.Namespace, shape: Any, watch: Stopwatch | None) -> dict[str, float]:
     """One run; returns its seconds and, on a GPU, the peak of its memory over the weights in GB."""
-    model = random_model(shape, args.device)
+    model = random_model(shape, args.device).to(args.model_device)
     make = MRGPTQConfig.paper if args.recipe == "paper" else MRGPTQConfig
-    config = make(format=args.format, activations=args.activations, batch_size=args.batch_size)
+    config = make(
+        format=args.format,
+        activations=args.activations,
+        batch_size=args.batch_size,
+        calibration_device=args.device if args.model_device != args.device else None,
+    )
     tokens = random_tokens(args, model.config.vocab_size)
     on_gpu = torch.device(args.device).type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         weights = torch.cuda.memory_allocated()
     start = time.perf_counter()
@@ -128,7 +151,31 @@ def quantize(args: argparse.Namespace, shape: Any, watch: Stopwatch | None) -> d
     result = {"seconds": time.perf_counter() - start}
     if on_gpu:
         result["peak_gb_over_weights"] = (torch.cuda.max_memory_allocated() - weights) / 1e9
+        result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return result
+
+
+def round_on_load(args: argparse.Namespace, shape: Any) -> dict[str, float]:
+    """Seconds of loading a checkpoint from local files as it is, and rounded to FP4; both of files that were read before."""
+    seconds = {}
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        random_model(shape, args.device).save_pretrained(directory)
+        config = MRGPTQConfig(method="rtn", format=args.format, activations=args.activations)
+        runs = {"first reading": None, "reading": None, "first reading and rounding": config}
+        for name, quantization in {**runs, "reading and rounding": config}.items():
+            start = time.perf_counter()
+            model = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.bfloat16,
+                device_map=args.model_device,
+                quantization_config=quantization,
+            )
+            if torch.device(args.model_device).type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name] = time.perf_counter() - start
+            del model
+    seconds["beyond reading"] = seconds["reading and rounding"] - seconds["reading"]
+    return seconds
 
 
 def table(stages: dict[str, float], total: float, layers: int) -> str:
@@ -144,21 +191,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", help="a model whose config.json gives the shape; default: Llama-3.1-8B's")
+    parser.add_argument(
+        "--shape",
+        default="llama-8b",
+        help=f"{', '.join(SHAPES)}, or a model whose config.json gives the shape",
+    )
     parser.add_argument("--layers", type=int, help="number of decoder blocks")
     parser.add_argument("--format", default="nvfp4", choices=["nvfp4", "mxfp4"])
     parser.add_argument("--activations", default="fp4", choices=["fp4", "bf16"])
-    parser.add_argument("--recipe", default="default", choices=["default", "paper"])
+    parser.add_argument("--recipe", default="default", choices=["default", "paper", "rtn"])
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model-device", help="where the weights are; default: where they are calibrated")
+    parser.add_argument("--directory", type=Path, help="for rtn: where the checkpoint is written meanwhile")
     runs = parser.add_mutually_exclusive_group()
     runs.add_argument("--stages-only", action="store_true", help="leave out the run without stages")
     runs.add_argument("--total-only", action="store_true", help="leave out the run with stages")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    shape = AutoConfig.from_pretrained(args.shape) if args.shape else LlamaConfig(**LLAMA_8B)
+    args.model_device = args.model_device or args.device
+    named = SHAPES.get(args.shape)
+    shape = AutoConfig.from_pretrained(args.shape) if named is None else LlamaConfig(**named)
     if args.layers:
         shape.num_hidden_layers = args.layers
     name = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else args.device
@@ -167,11 +222,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
     result: dict[str, Any] = {}
-    if not args.total_only:
+    if args.recipe == "rtn":
+        result["total"] = round_on_load(args, shape)
+    elif not args.total_only:
         watch = Stopwatch(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
         result = {"staged": quantize(args, shape, watch), "stages": watch.seconds}
         print(table(watch.seconds, result["staged"]["seconds"], shape.num_hidden_layers), flush=True)
-    if not args.stages_only:
+    if not args.stages_only and args.recipe != "rtn":
         result["total"] = quantize(args, shape, None)
     shown = result.get("total") or result["staged"]
     print(", ".join(f"{key.replace('_', ' ')}: {value:.2f}" for key, value in shown.items()))

@@ -8,6 +8,7 @@ and each block scale to the best one given all others (coordinate descent, as Qu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ from .scales import inverse_step, step
 
 BLOCK = 128
 """Columns that are solved before their errors are propagated to the rest in one matrix product."""
+
+_AT_A_TIME = 1 << 22
+"""Values of a weight that are encoded or decoded at a time, so that what is between does not take its memory many times."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,13 @@ class FP4Weight:
 
     def dequantize(self) -> torch.Tensor:
         """float32 [N, K]."""
-        values = decode_e2m1(unpack(self.packed)).unflatten(-1, (-1, self.format.group_size))
         divisor = _over(self.scale, self.global_scale)
-        return (values * step(self.scale, self.format, divisor)[..., None]).flatten(-2)
+        *rows, half = self.packed.shape
+        result = torch.empty(*rows, 2 * half, dtype=torch.float32, device=self.packed.device)
+        for values, packed, scale in _some_rows(result, self.packed, self.scale):
+            blocks = decode_e2m1(unpack(packed)).unflatten(-1, (-1, self.format.group_size))
+            values.copy_(blocks.mul_(step(scale, self.format, divisor)[..., None]).flatten(-2))
+        return result
 
     def unstack(self) -> list[FP4Weight]:
         """The weights of a stack."""
@@ -62,8 +70,19 @@ def round_weight(
     Or a stack, [E, N, K] and [E, N, K/group_size], with ``global_scale`` [E].
     """
     inverse = inverse_step(scale, fmt, _over(scale, global_scale))
-    blocks = weight.unflatten(-1, (-1, fmt.group_size)) * inverse[..., None]
-    return FP4Weight(pack(encode_e2m1(blocks.flatten(-2))), scale, global_scale, fmt)
+    *rows, features = weight.shape
+    packed = torch.empty(*rows, features // 2, dtype=torch.uint8, device=weight.device)
+    for codes, values, factors in _some_rows(packed, weight, inverse):
+        blocks = values.unflatten(-1, (-1, fmt.group_size)) * factors[..., None]
+        codes.copy_(pack(encode_e2m1(blocks.flatten(-2))))
+    return FP4Weight(packed, scale, global_scale, fmt)
+
+
+def _some_rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors [..., N, *] in parts of about `_AT_A_TIME` values of the first."""
+    first = tensors[0]
+    size = max(1, _AT_A_TIME * first.shape[-2] // max(1, first.numel()))
+    return zip(*(tensor.split(size, -2) for tensor in tensors), strict=True)
 
 
 def _over(scale: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor | None:
@@ -98,7 +117,8 @@ def solve(
     Returns:
         The codes under the given scales, columns in the weight's own order.
     """
-    columns, steps, inverse = _columns(order, weight, *_steps(scale, fmt, global_scale))
+    (columns,) = _columns(order, weight)
+    steps, inverse = _steps(order, scale, fmt, global_scale)
     if kernels.module is not None:
         quantized = kernels.module.gptq_solve(columns, steps, inverse, upper)
     elif columns.dim() == 3:
@@ -106,7 +126,10 @@ def solve(
         quantized = torch.stack([_solve_columns(*tensors) for tensors in each])
     else:
         quantized = _solve_columns(columns, steps, inverse, upper)
-    return round_weight(_rows(order, quantized), scale, fmt, global_scale)
+    del columns, steps, inverse
+    rows = _rows(order, quantized)
+    del quantized
+    return round_weight(rows, scale, fmt, global_scale)
 
 
 def _solve_columns(
@@ -148,16 +171,17 @@ def descend(
     Args:
         weight: float32 [N, K], rotated: the target of the solve.
         quantized: what `solve` made of it.
-        second: ``S`` [K, K].
+        second: ``S`` [K, K]; damped in place meanwhile.
         added: ``d``, as `hessian.DampedMoments` has it.
         passes: how often all groups are visited.
         kernels: what does it on the weight's device.
     """
     fmt, global_scale = quantized.format, quantized.global_scale
-    target, current = _columns(None, weight, quantized.dequantize())
-    (scale,) = _columns(None, quantized.scale)
-    matrix = second.clone()
-    matrix.diagonal(dim1=-2, dim2=-1).add_(added if isinstance(added, float) else added[:, None])
+    target, scale = _columns(None, weight, quantized.scale)
+    (current,) = _columns(None, quantized.dequantize())
+    matrix, diagonal = second, second.diagonal(dim1=-2, dim2=-1)
+    undamped = diagonal.clone()
+    diagonal.add_(added if isinstance(added, float) else added[:, None])
     if kernels.module is not None:
         kernels.module.gptq_descend(target, current, scale, matrix, passes, fmt.value, global_scale)
     elif target.dim() == 3:
@@ -166,6 +190,8 @@ def descend(
             _descend_columns(*tensors, passes, fmt, divisor)
     else:
         _descend_columns(target, current, scale, matrix, passes, fmt, global_scale)
+    diagonal.copy_(undamped)
+    del target
     return round_weight(current.mT.contiguous(), scale.mT.contiguous(), fmt, global_scale)
 
 
@@ -237,12 +263,14 @@ def _rescale(
 
 
 def _steps(
-    scale: torch.Tensor, fmt: FP4Format, global_scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What one unit of E2M1 is worth in every place of the weight, and its inverse, [N, K]."""
-    divisor = _over(scale, global_scale)
-    units, inverse = step(scale, fmt, divisor), inverse_step(scale, fmt, divisor)
-    return units.repeat_interleave(fmt.group_size, -1), inverse.repeat_interleave(fmt.group_size, -1)
+    order: torch.Tensor | None, scale: torch.Tensor, fmt: FP4Format, global_scale: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """What one unit of E2M1 is worth in every place of the weight, and its inverse, as `_columns` has them."""
+    divisor, size = _over(scale, global_scale), fmt.group_size
+    each = (f(scale, fmt, divisor) for f in (step, inverse_step))
+    if order is None:
+        return [steps.mT.repeat_interleave(size, -2) for steps in each]
+    return [steps for values in each for steps in _columns(order // size, values)]
 
 
 def _columns(order: torch.Tensor | None, *tensors: torch.Tensor) -> list[torch.Tensor]:

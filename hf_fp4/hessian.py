@@ -15,16 +15,20 @@ CACHED_ROWS = 512
 MAX_DAMPING_ATTEMPTS = 6
 """A failed Cholesky is tried again with ten times the damping, at most this often in all."""
 
+_SMALL_TRIANGLE = 1024
+"""Rows of a triangular matrix that is inverted at once; a larger one is cut in four."""
+
 
 class SecondMoments:
     """Streaming ``S = sum x x^T`` of quantized-stream inputs and ``C = sum x_original x^T`` against the original stream's.
 
-    Both are float32 ``[K, K]`` on the inputs' device.
+    ``S`` is float32 ``[K, K]`` on the inputs' device, ``C`` likewise. Where a linear has fewer outputs than inputs, its outputs
+    on the original stream may stand for ``x_original``: ``C`` is then ``sum y_original x^T`` ``[cross_rows, K]``.
     """
 
-    def __init__(self, in_features: int, device: torch.device, *, cross: bool):
+    def __init__(self, in_features: int, device: torch.device, *, cross: bool, cross_rows: int | None = None):
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self._cross = torch.zeros_like(self._sum) if cross else None
+        self._cross = self._sum.new_zeros(cross_rows or in_features, in_features) if cross else None
         self.tokens = 0
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
@@ -32,7 +36,7 @@ class SecondMoments:
 
         Args:
             x: [M, K], rotated and (W4A4) quantized.
-            original: [M, K], rotated only.
+            original: [M, K], rotated only; or outputs [M, cross_rows].
 
         Both float32, or bfloat16, whose products are exact in the float32 that they are added up in; quantized values lose
         nothing in bfloat16, and of the original stream's it keeps what the model's own activations have.
@@ -66,7 +70,7 @@ class SecondMoments:
         self.tokens = int(tokens)
 
     def mean(self, divisor: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``S / tokens`` and ``C / tokens`` (None when not collected), [K, K], in the memory of the sums: ask once.
+        """``S / tokens`` and ``C / tokens`` (None when not collected), in the memory of the sums: ask once.
 
         ``C`` has rows of the original stream and columns of the quantized stream. divisor: the power of two by which
         every ``x`` is still to be divided, [1].
@@ -156,13 +160,23 @@ def damped_cholesky(second: torch.Tensor, damp_percent: float, name: str) -> tup
     Raises:
         RuntimeError: not positive definite even after `MAX_DAMPING_ATTEMPTS`.
     """
+    return _damped_cholesky(second, second.clone, damp_percent, name)
+
+
+def _damped_cholesky(
+    second: torch.Tensor, copy: Callable[[], torch.Tensor], damp_percent: float, name: str
+) -> tuple[torch.Tensor, float]:
+    """`damped_cholesky` of ``copy()``, in its memory; ``second`` with its columns in any order."""
     added = damping(second, damp_percent)
     for _ in range(MAX_DAMPING_ATTEMPTS):
-        damped = second.clone()
+        damped = copy().mT  # symmetric, and in the layout that is factored in place
         damped.diagonal().add_(added)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and torch.isfinite(lower).all():
-            return lower, added
+        failed = torch.empty((), dtype=torch.int32, device=damped.device)
+        torch.linalg.cholesky_ex(damped, out=(damped, failed))
+        # What is not finite in a row is not finite in its diagonal either.
+        if not failed and torch.isfinite(damped.diagonal()).all():
+            return damped, added
+        del damped
         added *= 10
     raise RuntimeError(
         f"the second moments of {name} are not positive definite even with damping {added / 10:.3g}; "
@@ -234,6 +248,57 @@ class DampedMoments:
         # One step of refinement: an explicit inverse alone loses half the digits that a solve would keep.
         missing = wanted - corrected @ self.second - self.added * corrected
         return torch.lerp(weight, corrected.addmm_(missing, self.inverse), strength)
+
+
+class OrderedFactor:
+    """The factor of damped second moments in the order of a solve, for its target and then its ``U``; make one with `of`.
+
+    Of ``A = S + d I``, columns in the reverse order, ``A = L L^T``; then ``U`` is ``L^-1`` with rows and columns reversed. So one
+    factorization and one inverse of a triangle, both in the memory of one matrix, give what `DampedMoments` takes three for.
+    """
+
+    def __init__(self, lower: torch.Tensor, added: float, reverse: torch.Tensor):
+        self._lower, self.added, self._reverse = lower, added, reverse
+
+    @classmethod
+    def of(
+        cls, second: torch.Tensor, order: torch.Tensor | None, damp_percent: float, name: str
+    ) -> OrderedFactor:
+        """Arguments and errors as `damped_cholesky`; order: of the columns in the solve, int64 [K]; None: as they are."""
+        order = torch.arange(len(second), device=second.device) if order is None else order
+        reverse = order.flip(0)
+        lower, added = _damped_cholesky(second, lambda: second[reverse[:, None], reverse], damp_percent, name)
+        return cls(lower, added, reverse)
+
+    def correct_target(self, weight: torch.Tensor, wanted: torch.Tensor, strength: float) -> torch.Tensor:
+        """As `DampedMoments.correct_target`, with ``wanted = W C`` [N, K], whose memory is used."""
+        wanted = wanted.add_(weight, alpha=self.added)[:, self._reverse]
+        wanted = torch.linalg.solve_triangular(self._lower.mT, wanted, upper=True, left=False)
+        wanted = torch.linalg.solve_triangular(self._lower, wanted, upper=False, left=False)
+        return torch.lerp(weight, wanted[:, self._reverse.argsort()], strength)
+
+    def upper(self) -> torch.Tensor:
+        """As `DampedMoments.upper`, in the order that the factor was made for; the factor is lost, so ask last and once."""
+        lower = self._lower
+        del self._lower
+        _invert_lower(lower)
+        reversed_ = lower.flip(0, 1)
+        del lower
+        return reversed_.contiguous()
+
+
+def _invert_lower(lower: torch.Tensor) -> None:
+    """Invert a lower triangular matrix in place, most of it in products of large matrices."""
+    size = len(lower)
+    if size <= _SMALL_TRIANGLE:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
+    half = size // 2
+    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    _invert_lower(first)
+    _invert_lower(last)
+    below.addmm_(last @ below, first, beta=0, alpha=-1)
 
 
 def upper_factors(

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes, for scripts that tests run in a process of their own (Linux)."""
+"""How much memory a piece of work takes: of a process, for scripts that tests run in one of their own (Linux), and in tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def anonymous() -> int:
@@ -30,3 +34,20 @@ def peak_while(work: Callable[[], Any]) -> int:
     watcher.join()
     del kept
     return peak[0] - start
+
+
+class LiveTensors(TorchDispatchMode):
+    """Context that notes the `peak` of the bytes in tensors that operations in it returned; what one takes inside is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        storages = [x.untyped_storage() for x in tree_leaves(result) if hasattr(x, "untyped_storage")]
+        self._live |= {each._cdata: (StorageWeakRef(each), each.nbytes()) for each in storages}
+        self._live = {key: pair for key, pair in self._live.items() if not pair[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return result

@@ -103,10 +103,20 @@ def test_quantize_speed(tiny, tmp_path, recipe):
     result = json.loads((tmp_path / "times.json").read_text())
     idle = {name for name, seconds in result["stages"].items() if seconds == 0}
     assert idle == (
-        {"choice of rotations", "correction", "coordinate descent"} if recipe == "paper" else set()
+        {"equalization", "choice of rotations", "correction", "coordinate descent"}
+        if recipe == "paper"
+        else set()
     )
     assert sum(result["stages"].values()) < result["staged"]["seconds"]
     assert "| columns (GPTQ) |" in printed and f"seconds: {result['total']['seconds']:.2f}" in printed
+
+
+def test_quantize_speed_of_rounding_on_load(tiny, tmp_path):
+    arguments = ["--shape", tiny, "--recipe", "rtn", "--device", "cpu", "--directory", tmp_path]
+    printed = run_example("quantize_speed.py", *arguments, "--json", tmp_path / "times.json")
+    seconds = json.loads((tmp_path / "times.json").read_text())["total"]
+    assert seconds["beyond reading"] == pytest.approx(seconds["reading and rounding"] - seconds["reading"])
+    assert f"beyond reading: {seconds['beyond reading']:.2f}" in printed
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -3,11 +3,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peak_memory import LiveTensors
 
 from hf_fp4.formats import FP4Format
 from hf_fp4.hessian import (
     MAX_DAMPING_ATTEMPTS,
     DampedMoments,
+    OrderedFactor,
     SecondMoments,
     damped_cholesky,
     damping,
@@ -224,6 +226,66 @@ def test_an_inverse_that_cannot_be_factored_names_the_layer():
     )
     with pytest.raises(RuntimeError, match="inverse second moments of model.layers.2.mlp.up_proj"):
         moments.upper()
+
+
+@pytest.mark.parametrize(
+    "features", [48, 1100]
+)  # the inverse of a large triangle is put together of smaller ones
+@pytest.mark.parametrize("ordered", [False, True])
+def test_one_factorization_gives_target_and_factor(features, ordered):
+    second = moments_of(correlated_inputs(2 * features, features))
+    order = second.diagonal().argsort(descending=True) if ordered else torch.arange(features)
+    before = second.float()
+    factor = OrderedFactor.of(before, order if ordered else None, 0.01, "layer")
+    assert torch.equal(before, second.float())
+    ridge = factor.added * torch.eye(features, dtype=torch.float64)
+    weight, cross = torch.randn(20, features), second + 0.1 * torch.randn(features, features)
+    solved = weight.double() @ (cross + ridge) @ torch.linalg.inv(second + ridge)
+    wanted = (weight.double() @ cross).float()
+    actual = factor.correct_target(weight, wanted, 0.5)
+    assert (actual - (0.5 * weight + 0.5 * solved)).norm() <= 1e-4 * solved.norm()
+    upper = factor.upper()
+    assert upper.is_contiguous() and torch.equal(upper, upper.triu()) and (upper.diagonal() > 0).all()
+    damped = (second + ridge)[order[:, None], order]
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    assert (upper - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_a_factor_in_order_takes_little_memory():
+    """Beside the moments, which views of them make seen here: one matrix, and another while its triangle is turned around."""
+    features = 1100
+    second = moments_of(correlated_inputs(2 * features, features)).float()
+    order = second.diagonal().argsort()
+    with LiveTensors() as seen:
+        factor = OrderedFactor.of(second, order, 0.1, "layer")
+        factor.correct_target(torch.zeros(10, features), torch.ones(10, features), 0.5)
+        factor.upper()
+    assert 2 * second.nbytes < seen.peak < 3.2 * second.nbytes
+    with LiveTensors() as seen:
+        DampedMoments.of(second, 0.1, "layer").upper(order)
+    assert seen.peak > 3.5 * second.nbytes
+
+
+def test_a_factor_in_order_is_damped_more_or_names_the_layer():
+    second = torch.eye(K)
+    second[0, 1] = second[1, 0] = 1.05  # indefinite by 0.05
+    order = torch.randperm(K)
+    assert OrderedFactor.of(second, order, 0.01, "layer").added == pytest.approx(0.1)
+    second[3, 3] = float("nan")
+    with pytest.raises(RuntimeError, match="second moments of the.layer are not positive definite"):
+        OrderedFactor.of(second, order, 0.01, "the.layer")
+
+
+def test_cross_moments_of_outputs():
+    """They are what the weight makes of those of the inputs."""
+    x, original, weight = correlated_inputs(300), correlated_inputs(300, seed=1), torch.randn(7, K)
+    inputs = SecondMoments(K, torch.device("cpu"), cross=True)
+    outputs = SecondMoments(K, torch.device("cpu"), cross=True, cross_rows=7)
+    inputs.add(x, original)
+    outputs.add(x, original @ weight.T)
+    (second, cross), (same, aimed) = inputs.mean(), outputs.mean()
+    assert torch.equal(second, same)
+    torch.testing.assert_close(aimed, weight @ cross, rtol=1e-4, atol=1e-4)
 
 
 # The asymmetric correction

@@ -54,6 +54,9 @@ PROBE_TOKENS = 16
 _HELD = 4
 """A forward that waits holds its group's input and what else its block has computed by then, about so much in all."""
 
+_MOST_HELD = 1 << 30
+"""Bytes that forwards of a stream may hold on a GPU while they wait, however much is free: else they run again."""
+
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN's: it plans its attention anew in every thread, which takes long, and there are two threads per batch."""
 
@@ -221,7 +224,8 @@ class _Block:
                 original.append(None if batch.original is None else begin(batch.original, call, unsolved))
             for index, group in enumerate(self._groups):
                 start = time.perf_counter()
-                wait = _fits(_HELD * group.bytes_per_token * sum(tokens), self._device)
+                held = _HELD * group.bytes_per_token * sum(tokens)
+                wait = _fits(held, self._device) and (self._device.type != "cuda" or held <= _MOST_HELD)
                 group.start(forward.input_of(index) for forward in quantized)
                 for i, (batch, other) in enumerate(zip(batches, original, strict=True)):
                     call = batch.calls[self._index]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.replace import linear_at
-from .capture import BlockCall, run_block
+from .capture import BlockCall, block_device, run_block
 from .team import Team
 
 LARGEST_EXPONENT = 6
@@ -102,6 +102,7 @@ def equalize(
     Returns:
         Norms' parameters that changed, by name relative to the block: they stay in the model beside the quantized linears.
     """
+    hidden = hidden.to(block_device(block))  # the block before may be elsewhere
     recorder = _Recorder(block)
     with recorder.hooks():
         before = run_block(block, hidden, call)
@@ -125,9 +126,13 @@ def equalize(
         _undo(changes)
         return []
 
-    changed = attempt(list(_row_steps(block, groups, recorder.squares)))
-    for step in _norm_steps(block, groups, recorder, team):
-        changed += attempt([step])
+    by_rows = list(_row_steps(block, groups, recorder.squares))
+    by_norm = list(_norm_steps(block, groups, recorder, team))
+    changed = attempt([*by_rows, *by_norm])  # most blocks compute the same after all of them
+    if not changed and by_norm:
+        changed = attempt(by_rows)
+        for step in by_norm:
+            changed += attempt([step])
     kept = {parameter for parameter, _ in changed}
     norms = [(name, module) for name, module in block.named_modules() if module in recorder.norms]
     return {
@@ -166,6 +171,8 @@ def _scale_rows(first: nn.Linear, second: nn.Linear, squares: Tensor, width: int
     shape = first.out_features // width, second.in_features // first.out_features, width
     weight = second.weight.float().square().sum(0)
     factors = _factors(squares.view(shape).sum(1), weight.view(shape).sum(1))
+    if (factors == 1).all():
+        return []
     changes = [_multiply(parameter, factors.flatten()) for parameter in first.parameters()]
     every = factors[:, None].expand(shape).flatten()
     return [*changes, _multiply(second.weight, every.reciprocal(), dim=-1)]
@@ -184,6 +191,8 @@ def _norm_steps(
 def _scale_norm(norm: _Norm, squares: Tensor, team: Team) -> list[_Change]:
     columns = torch.cat([reader.weight.float() for reader in norm.readers]).square().sum(0)
     factors = _factors(squares, columns)
+    if (factors == 1).all():
+        return []
     changes = [_multiply(parameter, factors) for parameter in norm.module.parameters()]
     if not _gives(norm, factors, team):
         _undo(changes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..backends.reference import compute_dtype
 from ..config import MRGPTQConfig
 from ..formats import dequantize_blocks
 from ..gptq import FP4Weight, activation_order, descend, output_power, round_weight, solve
-from ..hessian import CACHED_ROWS, DampedMoments, SecondMoments
+from ..hessian import CACHED_ROWS, DampedMoments, OrderedFactor, SecondMoments
 from ..layers.linear import FP4Linear
 from ..layers.replace import linear_at
 from ..rotation import HADAMARD_SIZES, rotate
@@ -76,6 +76,15 @@ class Group:
         )
 
     @property
+    def _rows(self) -> int:
+        return sum(linear.out_features for linear in self._linears.values())
+
+    @property
+    def _aims_by_outputs(self) -> bool:
+        """Whether the original stream's outputs are cheaper to compare with, though they must be computed, than its inputs."""
+        return 2 * self._rows <= self._linears[self.names[0]].in_features
+
+    @property
     def entries(self) -> list[str]:
         """Names of the modules whose calls bring the group's input, relative to the block."""
         return self.names
@@ -94,7 +103,12 @@ class Group:
                 break
         require_finite(first, f"the input of {self._title}")
         self._begin(first, lambda: [(spread(first, ROTATION_TOKENS), self._stacked())] if len(first) else [])
-        self._moments = SecondMoments(first.shape[-1], first.device, cross=self._config.uses_original_stream)
+        self._moments = SecondMoments(
+            first.shape[-1],
+            first.device,
+            cross=self._config.uses_original_stream,
+            cross_rows=self._rows if self._aims_by_outputs else None,
+        )
 
     def _begin(
         self, first: torch.Tensor, samples: Callable[[], list[tuple[torch.Tensor, torch.Tensor]]]
@@ -127,9 +141,16 @@ class Group:
         rotated = self._rotated(x)
         self._note_maximum(x, rotated)
         if original is not None:
-            original = self._rotated(original.flatten(0, -2))
+            original = self._aim(original.flatten(0, -2))
         # Times the input scale, which is the same for all batches; `solve` divides by it.
         self._moments.add(rotated if self._rule is None else self._quantized(x, rotated), original)
+
+    def _aim(self, original: torch.Tensor) -> torch.Tensor:
+        """What cross moments are collected of: the original stream's rotated inputs, or its outputs."""
+        if not self._aims_by_outputs:
+            return self._rotated(original)
+        weights = [linear.weight.detach() for linear in self._linears.values()]
+        return torch.cat([self._product(original, weight) for weight in weights], -1)
 
     def _note_maximum(self, x: torch.Tensor, rotated: torch.Tensor) -> None:
         """Of inputs, which must be finite."""
@@ -186,7 +207,13 @@ class Group:
         weight, x = rotate(weight, size), rotate(x, size)
         moments, global_scale = moments.rotated(size), self._global_scale(weight)
         scale = self._scales(weight, moments.second, global_scale)
-        quantized = self._codes(weight, scale, moments, global_scale, passes=0, check=False).dequantize()
+        if self._solves:
+            order = self._order(moments.second)
+            upper = moments.upper(order, check=False)
+            solved = solve(weight, scale, self._format, global_scale, upper, order, self._kernels)
+        else:
+            solved = round_weight(weight, scale, self._format, global_scale)
+        quantized = solved.dequantize()
         seen = x
         if self._rule is not None:
             divisor = input_global_scale(x.abs().amax().view(1)) if self._format.has_global_scale else None
@@ -206,28 +233,8 @@ class Group:
         rule, search = self._config.weight_rule, self._kernels.search_scales
         return weight_scales(weight, self._format, rule, global_scale, second.diagonal(), search)
 
-    def _codes(
-        self,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        moments: DampedMoments,
-        global_scale: torch.Tensor | None,
-        passes: int,
-        check: bool = True,
-    ) -> FP4Weight:
-        """The codes of a rotated weight [N, K] under its scales, which ``passes`` of the descent may move.
-
-        check: whether a factorization that fails raises.
-        """
-        if not self._solves:
-            return round_weight(weight, scale, self._format, global_scale)
-        order = activation_order(moments.second) if self._config.act_order else None
-        solved = solve(
-            weight, scale, self._format, global_scale, moments.upper(order, check=check), order, self._kernels
-        )
-        if not passes:
-            return solved
-        return descend(weight, solved, moments.second, moments.added, passes, self._kernels)
+    def _order(self, second: torch.Tensor) -> torch.Tensor | None:
+        return activation_order(second) if self._config.act_order else None
 
     @property
     def _solves(self) -> bool:
@@ -251,16 +258,20 @@ class Group:
                 f"no calibration token reached {self._title}; use more samples, or add it to modules_to_not_convert"
             )
         second, cross = moments.mean(None if self._rule is None else self._input_scale)
-        self._moments = None
+        self._moments = moments = None  # nothing else may keep what is freed below
         self._fix_input_scale()
         weight = rotate(self._stacked(), self.hadamard_size)
-        damped = DampedMoments.of(second, config.damp_percent, self._title)
+        order = self._order(second)
+        factor = OrderedFactor.of(second, order, config.damp_percent, self._title)
         if cross is not None:
-            weight = damped.correct_target(weight, cross, config.error_correction)
+            wanted = cross if self._aims_by_outputs else weight @ cross
             del cross
-        global_scale = self._global_scale(weight)
-        part, power = self._solve_rows(weight[team.rows(len(weight))], damped, global_scale)
-        packed, scales = (team.join_rows(tensor, len(weight)) for tensor in (part.packed, part.scale))
+            weight = factor.correct_target(weight, wanted, config.error_correction)
+            del wanted
+        global_scale, count = self._global_scale(weight), len(weight)
+        part, power = self._solve_rows(weight[team.rows(count)], second, factor, order, global_scale)
+        del weight, second, factor
+        packed, scales = (team.join_rows(tensor, count) for tensor in (part.packed, part.scale))
         quantized = FP4Weight(packed, scales, global_scale, self._format)
         rows = [linear.out_features for linear in self._linears.values()]
         for name, part in zip(self.names, quantized.split(rows), strict=True):
@@ -270,16 +281,22 @@ class Group:
     def _solve_rows(
         self,
         weight: torch.Tensor,
-        damped: DampedMoments,
+        second: torch.Tensor,
+        factor: OrderedFactor,
+        order: torch.Tensor | None,
         global_scale: torch.Tensor | None,
     ) -> tuple[FP4Weight, torch.Tensor]:
         """Quantize rows of a rotated weight; output power of them, of the error of rounding, and of the solve's, [3]."""
-        scale = self._scales(weight, damped.second, global_scale)
-        rounded = round_weight(weight, scale, self._format, global_scale)
-        passes = self._config.descent_passes or 0
-        solved = self._codes(weight, scale, damped, global_scale, passes)
-        differences = (weight, weight - rounded.dequantize(), weight - solved.dequantize())
-        return solved, torch.stack([output_power(each, damped.second) for each in differences])
+        scale = self._scales(weight, second, global_scale)
+        rounded = solved = round_weight(weight, scale, self._format, global_scale)
+        if self._solves:
+            solved = solve(weight, scale, self._format, global_scale, factor.upper(), order, self._kernels)
+            if passes := self._config.descent_passes:
+                solved = descend(weight, solved, second, factor.added, passes, self._kernels)
+        powers = [output_power(weight, second)]
+        for each in (rounded, solved):
+            powers.append(output_power(each.dequantize().neg_().add_(weight), second))
+        return solved, torch.stack(powers)
 
     def _take(self, name: str, weight: FP4Weight) -> None:
         linear = self._linears[name]
@@ -350,7 +367,7 @@ def _side_by_side(tasks: list[Callable[[], torch.Tensor]], device: torch.device)
     if device.type != "cuda":
         return [task() for task in tasks]
     results, main = [], torch.cuda.current_stream(device)
-    streams = [torch.cuda.Stream(device) for _ in tasks]
+    streams = [_stream(device, number) for number in range(len(tasks))]
     for task, stream in zip(tasks, streams, strict=True):
         stream.wait_stream(main)
         with torch.cuda.stream(stream):
@@ -358,6 +375,12 @@ def _side_by_side(tasks: list[Callable[[], torch.Tensor]], device: torch.device)
     for stream in streams:
         main.wait_stream(stream)
     return results
+
+
+@cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    """The same every time: cuBLAS keeps memory for every stream that it has met."""
+    return torch.cuda.Stream(device)
 
 
 def spread(rows: torch.Tensor, count: int) -> torch.Tensor:
