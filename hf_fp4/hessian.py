@@ -22,7 +22,15 @@ class SecondMoments:
     Both are float32 ``[K, K]`` on the inputs' device.
     """
 
-    def __init__(self, in_features: int, device: torch.device, *, cross: bool):
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device,
+        *,
+        cross: bool,
+        kernel: Callable[..., bool] | None = None,
+    ):
+        self._kernel = kernel
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._cross = torch.zeros_like(self._sum) if cross else None
         self.tokens = 0
@@ -40,6 +48,10 @@ class SecondMoments:
         if self._cross is not None and original is None:
             raise ValueError("cross moments need the original stream's inputs beside the quantized stream's")
         self.tokens += x.shape[0]
+        if self._kernel is not None:
+            panel = _panels(self._sum)[0][1]
+            if self._kernel(self._sum, self._cross, x, None if self._cross is None else original, panel):
+                return
         size = CACHED_ROWS if x.device.type == "cpu" else max(len(x), 1)
         for start in range(0, len(x), size):
             rows = slice(start, start + size)

@@ -94,7 +94,12 @@ class Group:
                 break
         require_finite(first, f"the input of {self._title}")
         self._begin(first, lambda: [(spread(first, ROTATION_TOKENS), self._stacked())] if len(first) else [])
-        self._moments = SecondMoments(first.shape[-1], first.device, cross=self._config.uses_original_stream)
+        self._moments = SecondMoments(
+            first.shape[-1],
+            first.device,
+            cross=self._config.uses_original_stream,
+            kernel=self._kernels.add_moments,
+        )
 
     def _begin(
         self, first: torch.Tensor, samples: Callable[[], list[tuple[torch.Tensor, torch.Tensor]]]

@@ -11,7 +11,7 @@ from test_linear import call, check, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-ISAS = ["avx512_bf16", "avx512", "avx2", "portable"]
+ISAS = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
 # Few tokens and many, with tails of tokens, of K (not a multiple of 64) and of pairs of row blocks.
 SHAPES = [Shape(1, 256, 256), Shape(3, 208, 384), Shape(8, 48, 96), Shape(17, 272, 896), Shape(300, 48, 480)]
 
