@@ -22,12 +22,14 @@ INLINE void configure_tiles(int short_tiles, int64_t rows) {
 
 // Many tokens: 16 at a time are A, as they lie in memory, and what Bf16Operand decodes of 16 rows is B.
 struct AmxPanel : Bf16Operand {
-  static constexpr int64_t kTiles = 4, kBlocks = 4;
+  static constexpr int64_t kTiles = 2, kBlocks = 4;
+  static void start(int64_t count) { configure_tiles(0x1f, count < 16 ? count : 16); }
+  static void stop() { _tile_release(); }
   static void add(const Rows* panel, int64_t k_count, const uint16_t* x, int64_t k, int64_t count, float* sums) {
     constexpr int64_t kColumns = kBlocks * kRows, kSumBytes = kColumns * 4, kPanelBytes = kBlocks * sizeof(Rows);
-    configure_tiles(0, 0);
+    const int64_t rest = count > 16 ? count % 16 : 0;
     for (int64_t token = 0; token < count; token += 16) {
-      if (count - token < 16) configure_tiles(0x1f, count - token);
+      if (rest != 0 && token == count - rest) configure_tiles(0x1f, rest);
       float* sum = sums + token * kColumns;
       memory_is_current();
       _tile_loadd(0, sum, kSumBytes);
@@ -52,7 +54,7 @@ struct AmxPanel : Bf16Operand {
       _tile_stored(3, sum + 3 * kRows, kSumBytes);
       memory_is_current();
     }
-    _tile_release();
+    if (rest != 0) start(16);
   }
 };
 

@@ -64,7 +64,7 @@ using Bf16Panel = TokenByToken<Bf16Operand>;
 
 }  // namespace avx512
 
-using FloatProduct = avx512::RowByRow<avx512::FloatOperand, 4, 4>;
+using FloatProduct = avx512::RowByRow<avx512::FloatOperand, 4, 4, 2>;
 using Bf16Product = avx512::RowByRow<avx512::Bf16Operand, 8, 16>;
 using NoBf16Product = avx512::RowByRow<avx512::Bf16Operand, 1, 0>;
 

@@ -6,7 +6,7 @@
 //   Direct, for up to kMost tokens, kTokens at a time: Sum, what 16 rows add up to; sums<kGroup, kCount>(words, x, k, sum),
 //     the products of a group with kCount tokens that are k apart; scaled(sum, scale, total), total + sum * scale; rows(total).
 //   Panel, for many: scaled(words, step, scale), values times block scales; kTiles and kBlocks, how many tiles and blocks of
-//     16 rows are decoded at a time; add(panel, k_count, x, k, count, sums), the products with `count` tokens.
+//     16 rows are decoded at a time; add(panel, k_count, x, k, count, sums), the products with `count` tokens, between start(count) and stop().
 
 constexpr int64_t kChunkTokens = 256;
 
@@ -140,6 +140,8 @@ INLINE void add_panel_from(const Rows* panel, int64_t k_count, const typename Op
 template <class Operand>
 struct TokenByToken : Operand {
   static constexpr int64_t kTiles = 2, kBlocks = kPanelBlocks;
+  static INLINE void start(int64_t) {}
+  static INLINE void stop() {}
   static INLINE void add(const Rows* panel, int64_t k_count, const typename Operand::Number* x, int64_t k, int64_t count,
                          float* sums) {
     add_panel_from<Operand, kPanelTokens>(panel, k_count, x, k, 0, count, sums);
@@ -153,12 +155,14 @@ static void panels(const Product& p, int64_t block, int64_t blocks, int64_t firs
   alignas(64) Rows panel[Operand::kTiles * kTile / 8 * Operand::kSteps * Operand::kBlocks] = {};
   __builtin_memset(sums, 0, count * rows * sizeof(float));
   const int64_t k = p.k_tiles * kTile;
+  Operand::start(count);
   for (int64_t tile = 0; tile < p.k_tiles; tile += Operand::kTiles) {
     const int64_t tiles = p.k_tiles - tile < Operand::kTiles ? p.k_tiles - tile : Operand::kTiles;
     decode_panel<Operand, kFormat>(p, block, blocks, tile, tiles, panel);
     const auto* x = static_cast<const typename Operand::Number*>(p.tokens) + first * k + tile * kTile;
     Operand::add(panel, tiles * kTile, x, k, count, sums);
   }
+  Operand::stop();
   for (int64_t t = 0; t < count; ++t)
     for (int64_t b = 0; b < blocks; ++b) finish(p, block + b, first + t, sums + t * rows + b * kRows);
 }
@@ -188,13 +192,14 @@ static void product(const Product& p, int64_t begin, int64_t end) {
   else product_of<Direct, Panel, kMxfp4>(p, begin, end);
 }
 
-// Direct for an operand whose weights(words, step) has one row in each place.
-template <class Operand, int kAtATime, int kInAll>
+// Direct for an operand whose weights(words, step) has one row in each place; a group's products are added up in kChains sums.
+template <class Operand, int kAtATime, int kInAll, int kChains = 1>
 struct RowByRow : Operand {
   typedef Rows Sum;
   static constexpr int kTokens = kAtATime, kMost = kInAll;
   template <int64_t kGroup, int kCount>
-  static INLINE void sums(const uint8_t* from, const typename Operand::Number* x, int64_t k, Rows* sum) {
+  static INLINE void sums(const uint8_t* from, const typename Operand::Number* x, int64_t k, Rows* total) {
+    Rows sum[kChains][kCount] = {};
 #pragma GCC unroll 4
     for (int64_t k8 = 0; k8 < kGroup; k8 += 8) {
       const Words words = load<Words>(from + k8 * 8);
@@ -202,8 +207,16 @@ struct RowByRow : Operand {
       for (int step = 0; step < Operand::kSteps; ++step) {
         const Rows weights = Operand::weights(words, step);
 #pragma GCC unroll 8
-        for (int t = 0; t < kCount; ++t) sum[t] = Operand::multiply_add(weights, x + t * k + k8 + Operand::place(step), sum[t]);
+        for (int t = 0; t < kCount; ++t) {
+          Rows& chain = sum[step % kChains][t];
+          chain = Operand::multiply_add(weights, x + t * k + k8 + Operand::place(step), chain);
+        }
       }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kCount; ++t) {
+      total[t] = sum[0][t];
+      for (int c = 1; c < kChains; ++c) EACH_PART total[t].part[p] += sum[c][t].part[p];
     }
   }
   static INLINE Rows scaled(const Rows& sum, const Rows& scale, Rows total) {
