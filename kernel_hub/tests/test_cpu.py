@@ -83,7 +83,9 @@ def test_instruction_sets_agree(kernels, mode, m, monkeypatch):
         assert torch.equal(found[0], tokens["portable"][0]) and torch.equal(found[1], tokens["portable"][1])
     for found in results.values():
         assert ref.relative_error(found, results["portable"].double()) < FLOORS["float32"]
-    if mode.activations == "bf16" and "avx512" in results:  # the float tokens of this test are not multiplied in bf16
+    if (
+        mode.activations == "bf16" and "avx512" in results
+    ):  # the float tokens of this test are not multiplied in bf16
         assert torch.equal(
             results["avx512"], results["avx512_bf16" if "avx512_bf16" in results else "avx512"]
         )
