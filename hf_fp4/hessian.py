@@ -26,7 +26,16 @@ class SecondMoments:
     on the original stream may stand for ``x_original``: ``C`` is then ``sum y_original x^T`` ``[cross_rows, K]``.
     """
 
-    def __init__(self, in_features: int, device: torch.device, *, cross: bool, cross_rows: int | None = None):
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device,
+        *,
+        cross: bool,
+        cross_rows: int | None = None,
+        kernel: Callable[..., bool] | None = None,
+    ):
+        self._kernel = kernel
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._cross = self._sum.new_zeros(cross_rows or in_features, in_features) if cross else None
         self.tokens = 0
@@ -44,11 +53,22 @@ class SecondMoments:
         if self._cross is not None and original is None:
             raise ValueError("cross moments need the original stream's inputs beside the quantized stream's")
         self.tokens += x.shape[0]
+        # The kernel takes cross moments of inputs with inputs only.
+        square = self._cross is None or self._cross.shape == self._sum.shape
+        cross, paired = (
+            (self._cross, original if self._cross is not None else None) if square else (None, None)
+        )
+        added = self._kernel is not None and self._kernel(
+            self._sum, cross, x, paired, _panels(self._sum)[0][1]
+        )
+        if added and square:
+            return
         size = CACHED_ROWS if x.device.type == "cpu" else max(len(x), 1)
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             part = _for_product(x[rows])
-            _add_square(self._sum, part)
+            if not added:
+                _add_square(self._sum, part)
             if self._cross is not None and original is not None:
                 _add_product(self._cross, _for_product(original[rows]), part)
 

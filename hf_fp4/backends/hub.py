@@ -57,6 +57,11 @@ class Kernels:
         """The package's search of block scales; None without one."""
         return None if self.module is None else self.module.search_scales
 
+    @property
+    def add_moments(self) -> Callable[..., bool] | None:
+        """The package's sums of products of tokens on a CPU; None without one."""
+        return self.module.add_moments if self.module is not None and self.backend == "cpu" else None
+
     def product_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """In what a product of two large matrices of ``dtype`` takes least time; float32 adds up the same products."""
         return self.module.fast_dtype(device) if self.module and dtype == torch.bfloat16 else dtype

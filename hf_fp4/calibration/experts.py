@@ -151,7 +151,8 @@ class ExpertsGroup(Group):
 
     def _new_moments(self, seen: list[_Seen]) -> SecondMoments:
         tokens = seen[0].quantized
-        return SecondMoments(tokens.shape[-1], tokens.device, cross=seen[0].original is not None)
+        crosses, kernel = seen[0].original is not None, self._kernels.add_moments
+        return SecondMoments(tokens.shape[-1], tokens.device, cross=crosses, kernel=kernel)
 
     def _collect(self, numbers: list[int], seen: list[_Seen]) -> dict[int, SecondMoments]:
         moments = {expert: self._new_moments(seen) for expert in numbers}

@@ -108,6 +108,7 @@ class Group:
             first.device,
             cross=self._config.uses_original_stream,
             cross_rows=self._rows if self._aims_by_outputs else None,
+            kernel=self._kernels.add_moments,
         )
 
     def _begin(

@@ -101,7 +101,7 @@ struct FourByFour {
 
 }  // namespace avx2
 
-const Kernels kAvx2 = {"avx2",  false,       avx2::activation, avx2::product<avx2::FourByFour, avx2::FloatOperand>,
+const Kernels kAvx2 = {"avx2",  kNever,      avx2::activation, avx2::product<avx2::FourByFour, avx2::FloatPanel>,
                        nullptr, avx2::solve, avx2::descend,    avx2::scales};
 
 }  // namespace fp4_cpu

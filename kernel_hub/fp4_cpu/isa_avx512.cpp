@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL), and the same with products of bf16 pairs.
+// AVX-512 (F, BW, DQ, VL), and the same with products of bf16 pairs, and of tiles of them (AMX).
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -57,27 +57,44 @@ struct Bf16Operand {
   }
 };
 
+using Bf16Panel = TokenByToken<Bf16Operand>;
+
+#pragma GCC target("amx-tile,amx-bf16")
+#include "amx.h"
+
 }  // namespace avx512
 
-using FloatProduct = avx512::RowByRow<avx512::FloatOperand, 4, 4>;
+using FloatProduct = avx512::RowByRow<avx512::FloatOperand, 4, 4, 2>;
 using Bf16Product = avx512::RowByRow<avx512::Bf16Operand, 8, 16>;
+using NoBf16Product = avx512::RowByRow<avx512::Bf16Operand, 1, 0>;
 
 const Kernels kAvx512 = {"avx512",
-                         false,
+                         kNever,
                          avx512::activation,
-                         avx512::product<FloatProduct, avx512::FloatOperand>,
+                         avx512::product<FloatProduct, avx512::FloatPanel>,
                          nullptr,
                          avx512::solve,
                          avx512::descend,
                          avx512::scales};
 const Kernels kAvx512Bf16 = {"avx512_bf16",
-                             true,
+                             0,
                              avx512::activation,
-                             avx512::product<FloatProduct, avx512::FloatOperand>,
-                             avx512::product<Bf16Product, avx512::Bf16Operand>,
+                             avx512::product<FloatProduct, avx512::FloatPanel>,
+                             avx512::product<Bf16Product, avx512::Bf16Panel>,
                              avx512::solve,
                              avx512::descend,
                              avx512::scales};
+
+const Kernels kAmx = {"amx",
+                      FloatProduct::kMost + 1,
+                      avx512::activation,
+                      avx512::product<FloatProduct, avx512::FloatPanel>,
+                      avx512::product<NoBf16Product, avx512::AmxPanel>,
+                      avx512::solve,
+                      avx512::descend,
+                      avx512::scales,
+                      avx512::pack_moments,
+                      avx512::add_moments};
 
 }  // namespace fp4_cpu
 #endif

@@ -32,8 +32,8 @@ INLINE Rows load_e4m3(const uint8_t* bytes) {
 }  // namespace portable
 
 const Kernels kPortable = {
-    "portable",        false,
-    portable::activation, portable::product<portable::RowByRow<portable::FloatOperand, 2, 4>, portable::FloatOperand>,
+    "portable",        kNever,
+    portable::activation, portable::product<portable::RowByRow<portable::FloatOperand, 2, 4>, portable::FloatPanel>,
     nullptr,           portable::solve,
     portable::descend, portable::scales};
 

@@ -78,15 +78,27 @@ struct ScaleSearch {
   Format format;
 };
 
+// Some tokens of which second += x^T x, up to the end of the panel that a row is in, and cross += original^T x.
+struct Moments {
+  const uint16_t *x, *original;  // bf16 [tokens, k]; original may be null
+  int64_t tokens, token_tiles, k, panel;
+  float *second, *cross;                    // [k, k]
+  uint16_t *columns, *rows, *original_rows;  // [k / 16, token_tiles, 512] to work in
+};
+
+constexpr int64_t kMomentTokens = 512, kNever = INT64_MAX;
+
 struct Kernels {
   const char* name;
-  bool bf16_products;  // whether product() has a form for bf16 tokens
+  int64_t bf16_from;  // how many tokens are multiplied in bf16, if they fit in it
   void (*activation)(const Activation&, float* row, int64_t begin, int64_t end);  // tokens; row: k_padded floats of its own
   void (*product)(const Product&, int64_t begin, int64_t end);                    // blocks of 16 rows; float tokens
   void (*product_bf16)(const Product&, int64_t begin, int64_t end);
   void (*solve)(const SolveBlock&, int64_t begin, int64_t end);      // strips of 16 rows
   void (*descend)(const DescendBlock&, int64_t begin, int64_t end);  // strips of 16 rows
   void (*scales)(const ScaleSearch&, int64_t begin, int64_t end);    // rows
+  void (*pack_moments)(const Moments&, int64_t begin, int64_t end);  // 16 features each; or null
+  void (*add_moments)(const Moments&, int64_t begin, int64_t end);   // 32 features each
 };
 
 // The best for this processor, or what HF_FP4_CPU_ISA names; null, with what is possible, if it cannot be had.
@@ -94,7 +106,7 @@ const Kernels* find_kernels(const char** possible);
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16, kAmx;
 #endif
 
 }  // namespace fp4_cpu

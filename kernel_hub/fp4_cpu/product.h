@@ -5,9 +5,10 @@
 // k of a step; and multiply_add(weights, x, sum), which reads a step's numbers of one token.
 //   Direct, for up to kMost tokens, kTokens at a time: Sum, what 16 rows add up to; sums<kGroup, kCount>(words, x, k, sum),
 //     the products of a group with kCount tokens that are k apart; scaled(sum, scale, total), total + sum * scale; rows(total).
-//   Panel, for many: scaled(words, step, scale), values times block scales.
+//   Panel, for many: scaled(words, step, scale), values times block scales; kTiles and kBlocks, how many tiles and blocks of
+//     16 rows are decoded at a time; add(panel, k_count, x, k, count, sums), the products with `count` tokens, between start(count) and stop().
 
-constexpr int64_t kPanelTiles = 2, kChunkTokens = 256;
+constexpr int64_t kChunkTokens = 256;
 
 struct Words {
   Ints part[kParts];
@@ -32,13 +33,22 @@ INLINE Rows load_scales(const uint8_t* bytes, const float* row_scale) {
   return scale;
 }
 
+constexpr int64_t kAhead = 4096;  // bytes: the processor's own prefetching stops where a page does
+
+// Asks for a tile that will be needed.
+template <Format kFormat>
+INLINE void fetch(const uint8_t* tile) {
+#pragma GCC unroll 16
+  for (int64_t line = 0; line < tile_bytes(kFormat); line += 64) __builtin_prefetch(tile + line);
+}
+
 INLINE void finish(const Product& p, int64_t block, int64_t token, const float* sums) {
   const float scale = scale_factor(p.format) * (p.token_scale == nullptr ? 1.0f : p.token_scale[token * p.token_scale_stride]);
-  const int64_t first = block * kRows;
-  for (int64_t r = 0; r < kRows; ++r) {
-    float y = sums[r] * (p.row_scale[first + r] * scale);
-    if (p.bias != nullptr) y += load_number(p.bias, p.out_is_bf16, first + r);
-    store_number(p.out, p.out_is_bf16, token * p.n + first + r, y);
+  for (int64_t r = 0; r < kRows; r += kWidth) {
+    const int64_t row = block * kRows + r;
+    Floats y = load<Floats>(sums + r) * (load<Floats>(p.row_scale + row) * scale);
+    if (p.bias != nullptr) y += load_numbers(p.bias, p.out_is_bf16, row);
+    store_numbers(p.out, p.out_is_bf16, token * p.n + row, y);
   }
 }
 
@@ -51,6 +61,7 @@ INLINE void direct(const Product& p, int64_t block, int64_t token) {
   const uint8_t* tile = p.packed + block * p.k_tiles * tile_bytes(kFormat);
   typename Direct::Sum total[kCount] = {};
   for (int64_t i = 0; i < p.k_tiles; ++i, tile += tile_bytes(kFormat), x += kTile) {
+    fetch<kFormat>(tile + kAhead);
 #pragma GCC unroll 4
     for (int64_t first = 0; first < kTile; first += group) {
       typename Direct::Sum sum[kCount] = {};
@@ -68,15 +79,14 @@ INLINE void direct(const Product& p, int64_t block, int64_t token) {
   }
 }
 
-// Many tokens: tiles of up to kPanelBlocks x 16 rows are decoded and scaled into a panel, which all tokens of a chunk use.
-constexpr int64_t kPanelRows = kPanelBlocks * kRows;
-
+// Many tokens: tiles of up to kBlocks x 16 rows are decoded and scaled into a panel, which all tokens of a chunk use.
 template <class Operand, Format kFormat>
 INLINE void decode_panel(const Product& p, int64_t block, int64_t blocks, int64_t tile, int64_t tiles, Rows* panel) {
   constexpr int64_t group = group_of(kFormat);
   for (int64_t b = 0; b < blocks; ++b) {
     for (int64_t i = 0; i < tiles; ++i) {
       const uint8_t* from = p.packed + ((block + b) * p.k_tiles + tile + i) * tile_bytes(kFormat);
+      fetch<kFormat>(from + Operand::kTiles * tile_bytes(kFormat));
       for (int64_t first = 0; first < kTile; first += group) {
         const Rows scale =
             load_scales<kFormat>(from + kCodeBytes + first / group * kRows, p.row_scale + (block + b) * kRows);
@@ -85,12 +95,14 @@ INLINE void decode_panel(const Product& p, int64_t block, int64_t blocks, int64_
           const Words words = load<Words>(from + k8 * 8);
 #pragma GCC unroll 8
           for (int step = 0; step < Operand::kSteps; ++step)
-            panel[((i * kTile + k8) / 8 * Operand::kSteps + step) * kPanelBlocks + b] = Operand::scaled(words, step, scale);
+            panel[((i * kTile + k8) / 8 * Operand::kSteps + step) * Operand::kBlocks + b] = Operand::scaled(words, step, scale);
         }
       }
     }
   }
 }
+
+constexpr int64_t kPanelRows = kPanelBlocks * kRows;
 
 template <class Operand, int kCount>
 INLINE void add_panel(const Rows* panel, int64_t k_count, const typename Operand::Number* x, int64_t k, float* sums) {
@@ -124,20 +136,35 @@ INLINE void add_panel_from(const Rows* panel, int64_t k_count, const typename Op
   if constexpr (kCount > 1) add_panel_from<Operand, kCount / 2>(panel, k_count, x, k, token, count, sums);
 }
 
+// Panel for an operand that is multiplied with one number, or a few, of a token at a time.
+template <class Operand>
+struct TokenByToken : Operand {
+  static constexpr int64_t kTiles = 2, kBlocks = kPanelBlocks;
+  static INLINE void start(int64_t) {}
+  static INLINE void stop() {}
+  static INLINE void add(const Rows* panel, int64_t k_count, const typename Operand::Number* x, int64_t k, int64_t count,
+                         float* sums) {
+    add_panel_from<Operand, kPanelTokens>(panel, k_count, x, k, 0, count, sums);
+  }
+};
+
 template <class Operand, Format kFormat>
 static void panels(const Product& p, int64_t block, int64_t blocks, int64_t first, int64_t count) {
-  alignas(64) float sums[kChunkTokens * kPanelRows];
-  alignas(64) Rows panel[kPanelTiles * kTile / 8 * Operand::kSteps * kPanelBlocks] = {};
-  __builtin_memset(sums, 0, count * kPanelRows * sizeof(float));
+  constexpr int64_t rows = Operand::kBlocks * kRows;
+  alignas(64) float sums[kChunkTokens * rows];
+  alignas(64) Rows panel[Operand::kTiles * kTile / 8 * Operand::kSteps * Operand::kBlocks] = {};
+  __builtin_memset(sums, 0, count * rows * sizeof(float));
   const int64_t k = p.k_tiles * kTile;
-  for (int64_t tile = 0; tile < p.k_tiles; tile += kPanelTiles) {
-    const int64_t tiles = p.k_tiles - tile < kPanelTiles ? p.k_tiles - tile : kPanelTiles;
+  Operand::start(count);
+  for (int64_t tile = 0; tile < p.k_tiles; tile += Operand::kTiles) {
+    const int64_t tiles = p.k_tiles - tile < Operand::kTiles ? p.k_tiles - tile : Operand::kTiles;
     decode_panel<Operand, kFormat>(p, block, blocks, tile, tiles, panel);
     const auto* x = static_cast<const typename Operand::Number*>(p.tokens) + first * k + tile * kTile;
-    add_panel_from<Operand, kPanelTokens>(panel, tiles * kTile, x, k, 0, count, sums);
+    Operand::add(panel, tiles * kTile, x, k, count, sums);
   }
+  Operand::stop();
   for (int64_t t = 0; t < count; ++t)
-    for (int64_t b = 0; b < blocks; ++b) finish(p, block + b, first + t, sums + t * kPanelRows + b * kRows);
+    for (int64_t b = 0; b < blocks; ++b) finish(p, block + b, first + t, sums + t * rows + b * kRows);
 }
 
 // The tokens from `token` on, as many at a time as go.
@@ -154,8 +181,8 @@ static void product_of(const Product& p, int64_t begin, int64_t end) {
     return;
   }
   for (int64_t first = 0; first < p.m; first += kChunkTokens)
-    for (int64_t block = begin; block < end; block += kPanelBlocks)
-      panels<Panel, kFormat>(p, block, end - block < kPanelBlocks ? end - block : kPanelBlocks, first,
+    for (int64_t block = begin; block < end; block += Panel::kBlocks)
+      panels<Panel, kFormat>(p, block, end - block < Panel::kBlocks ? end - block : Panel::kBlocks, first,
                              p.m - first < kChunkTokens ? p.m - first : kChunkTokens);
 }
 
@@ -165,13 +192,14 @@ static void product(const Product& p, int64_t begin, int64_t end) {
   else product_of<Direct, Panel, kMxfp4>(p, begin, end);
 }
 
-// Direct for an operand whose weights(words, step) has one row in each place.
-template <class Operand, int kAtATime, int kInAll>
+// Direct for an operand whose weights(words, step) has one row in each place; a group's products are added up in kChains sums.
+template <class Operand, int kAtATime, int kInAll, int kChains = 1>
 struct RowByRow : Operand {
   typedef Rows Sum;
   static constexpr int kTokens = kAtATime, kMost = kInAll;
   template <int64_t kGroup, int kCount>
-  static INLINE void sums(const uint8_t* from, const typename Operand::Number* x, int64_t k, Rows* sum) {
+  static INLINE void sums(const uint8_t* from, const typename Operand::Number* x, int64_t k, Rows* total) {
+    Rows sum[kChains][kCount] = {};
 #pragma GCC unroll 4
     for (int64_t k8 = 0; k8 < kGroup; k8 += 8) {
       const Words words = load<Words>(from + k8 * 8);
@@ -179,8 +207,16 @@ struct RowByRow : Operand {
       for (int step = 0; step < Operand::kSteps; ++step) {
         const Rows weights = Operand::weights(words, step);
 #pragma GCC unroll 8
-        for (int t = 0; t < kCount; ++t) sum[t] = Operand::multiply_add(weights, x + t * k + k8 + Operand::place(step), sum[t]);
+        for (int t = 0; t < kCount; ++t) {
+          Rows& chain = sum[step % kChains][t];
+          chain = Operand::multiply_add(weights, x + t * k + k8 + Operand::place(step), chain);
+        }
       }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kCount; ++t) {
+      total[t] = sum[0][t];
+      for (int c = 1; c < kChains; ++c) EACH_PART total[t].part[p] += sum[c][t].part[p];
     }
   }
   static INLINE Rows scaled(const Rows& sum, const Rows& scale, Rows total) {
@@ -211,3 +247,5 @@ struct FloatOperand {
     return sum;
   }
 };
+
+using FloatPanel = TokenByToken<FloatOperand>;

@@ -290,3 +290,31 @@ def test_experts_are_solved_in_the_same_launches(kernels, fmt):
         values, scale = descend(kernels, problem, single[i], 2)
         assert agreement(descended.dequantize()[i], values) >= 0.99
         assert agreement(descended.scale[i].view(torch.uint8), scale.view(torch.uint8)) >= 0.99
+
+
+@pytest.mark.parametrize("crosses", [True, False], ids=["cross", "second"])
+@pytest.mark.parametrize("m, k, panel", [(1, 16, 256), (37, 48, 256), (700, 272, 256), (513, 592, 74)])
+def test_moments(kernels, m, k, panel, crosses):
+    generator = torch.Generator().manual_seed(m)
+    x, original = (torch.randn(m, k, generator=generator).bfloat16() for _ in range(2))
+    start = torch.randn(k, k, generator=generator)
+    second, cross = start.clone(), start.clone() if crosses else None
+    done = kernels.add_moments(second, cross, x, original if crosses else None, panel)
+    assert done == (kernels._cpu.is_compiled() and kernels._cpu.ops.cpu_isa() == "amx")
+    if not done:
+        assert torch.equal(second, start)
+        return
+    of_panel = torch.arange(k)[None] < (torch.arange(k)[:, None] // panel + 1) * panel
+    exact = start.double() + x.double().T @ x.double()
+    torch.testing.assert_close(second[of_panel], exact.float()[of_panel], rtol=1e-5, atol=2e-4)
+    if cross is not None:
+        exact = start.double() + original.double().T @ x.double()
+        torch.testing.assert_close(cross, exact.float(), rtol=1e-5, atol=2e-4)
+
+
+def test_moments_of_others_are_left_to_pytorch(kernels):
+    sums = torch.zeros(32, 32)
+    for x in (torch.ones(8, 32), torch.ones(32, 8).bfloat16().T):
+        assert not kernels.add_moments(sums, None, x, None, 256)
+    assert not kernels.add_moments(torch.zeros(40, 40), None, torch.ones(8, 40).bfloat16(), None, 256)
+    assert not sums.any()

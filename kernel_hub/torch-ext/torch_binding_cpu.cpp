@@ -259,7 +259,7 @@ Tensor cpu_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& p
   p.bias = bias.has_value() ? bias->data_ptr() : nullptr;
   p.out = out.data_ptr();
   p.out_is_bf16 = out_is_bf16;
-  const bool wide = bf16 && !isa.bf16_products;
+  const bool wide = bf16 && p.m < isa.bf16_from;
   const Tensor numbers = wide ? torch::stable::to(tokens, ScalarType::Float) : tokens;
   p.tokens = numbers.data_ptr();
   const auto product = bf16 && !wide ? isa.product_bf16 : isa.product;
@@ -269,7 +269,7 @@ Tensor cpu_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& p
 
 Tensor cpu_linear(const Tensor& x, const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
                   const std::optional<Tensor>& global, bool quantize, int64_t hadamard, int64_t rule) {
-  const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16, as_bf16 = fit_bf16(x, quantize) && kernels().bf16_products;
+  const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16, as_bf16 = fit_bf16(x, quantize) && tokens_of(x) >= kernels().bf16_from;
   if (!quantize && hadamard == 0 && as_bf16 == out_is_bf16 && x.size(-1) == packed.size(1) * kTile && x.is_contiguous())
     return cpu_gemm(torch::stable::view(x, {tokens_of(x), x.size(-1)}), new_tensor(x, {0}, ScalarType::Float), packed, row_scale,
                     bias, out_is_bf16);
@@ -314,6 +314,40 @@ void cpu_search(const Tensor& weight, const Tensor& base, const Tensor& steps, c
   spread(weight.size(0), s.k * s.count, [&](int64_t begin, int64_t end) { isa.scales(s, begin, end); });
 }
 
+void cpu_add_moments(const Tensor& second, const std::optional<Tensor>& cross, const Tensor& x,
+                     const std::optional<Tensor>& original, int64_t panel) {
+  const Kernels& isa = kernels();
+  STD_TORCH_CHECK(isa.add_moments != nullptr, isa.name, " has no products of moments");
+  const int64_t k = x.size(1), tokens = x.size(0), tile = 512, blocks = k / 16;
+  STD_TORCH_CHECK(is_matrix(x, ScalarType::BFloat16) && x.is_contiguous() && k % 16 == 0 && panel > 0 &&
+                      cross.has_value() == original.has_value(),
+                  "x must be contiguous bfloat16 [M, K], K a multiple of 16, and cross and original go together");
+  STD_TORCH_CHECK(!original.has_value() || (is_matrix(*original, ScalarType::BFloat16) && original->is_contiguous() &&
+                                            original->size(0) == tokens && original->size(1) == k),
+                  "original must be bfloat16 of the shape of x");
+  for (const Tensor* sum : {&second, cross.has_value() ? &*cross : &second})
+    STD_TORCH_CHECK(is_matrix(*sum, ScalarType::Float) && sum->is_contiguous() && sum->size(0) == k && sum->size(1) == k,
+                    "moments must be contiguous float32 [K, K]");
+  const int64_t most = std::min(kMomentTokens, div_up(tokens, 32) * 32);
+  Tensor memory = new_tensor(x, {original.has_value() ? 3 : 2, k * most}, ScalarType::BFloat16);
+  Moments m = {};
+  m.k = k;
+  m.panel = panel;
+  m.second = data<float>(second);
+  m.cross = cross.has_value() ? data<float>(*cross) : nullptr;
+  m.columns = data<uint16_t>(memory);
+  m.rows = m.columns + k * most;
+  m.original_rows = original.has_value() ? m.rows + k * most : nullptr;
+  for (int64_t first = 0; first < tokens; first += kMomentTokens) {
+    m.tokens = std::min(kMomentTokens, tokens - first);
+    m.token_tiles = div_up(m.tokens, 32);
+    m.x = data<uint16_t>(x) + first * k;
+    m.original = original.has_value() ? data<uint16_t>(*original) + first * k : nullptr;
+    spread(blocks, m.token_tiles * tile, [&](int64_t begin, int64_t end) { isa.pack_moments(m, begin, end); });
+    spread(div_up(blocks, 2), 32 * k * m.tokens, [&](int64_t begin, int64_t end) { isa.add_moments(m, begin, end); });
+  }
+}
+
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def("cpu_isa() -> str");
   ops.def("cpu_prepare_weight(Tensor weight, Tensor scale, Tensor? global_scale) -> (Tensor, Tensor)");
@@ -339,6 +373,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "cpu_search(Tensor weight, Tensor base, Tensor steps, Tensor? global_scale, Tensor? importance, int group,"
       " Tensor(a!) scale) -> ()");
+  ops.def(
+      "cpu_add_moments(Tensor(a!) second, Tensor(b!)? cross, Tensor x, Tensor? original, int panel) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
@@ -351,6 +387,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("cpu_solve_block", TORCH_BOX(&cpu_solve_block));
   ops.impl("cpu_descend_block", TORCH_BOX(&cpu_descend_block));
   ops.impl("cpu_search", TORCH_BOX(&cpu_search));
+  ops.impl("cpu_add_moments", TORCH_BOX(&cpu_add_moments));
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {

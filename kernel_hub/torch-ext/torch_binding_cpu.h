@@ -26,3 +26,5 @@ void cpu_descend_block(const Tensor& current, const Tensor& gradient, const Tens
                        const std::optional<Tensor>& global, int64_t group, const Tensor& moved);
 void cpu_search(const Tensor& weight, const Tensor& base, const Tensor& steps, const std::optional<Tensor>& global,
                 const std::optional<Tensor>& importance, int64_t group, const Tensor& scale);
+void cpu_add_moments(const Tensor& second, const std::optional<Tensor>& cross, const Tensor& x,
+                     const std::optional<Tensor>& original, int64_t panel);

@@ -3,11 +3,11 @@
 A weight is re-laid out once (`prepare_weight`); `linear` then runs any number of tokens. On compute capability 9.0 the
 compiled variant runs CUDA kernels, everywhere else (8.0 and newer) Triton ones, which on 10.x and 12.0 multiply W4A4 on FP4
 tensor cores (not run on Blackwell hardware). On a CPU the CPU build runs compiled code. `search_scales`, `gptq_solve` and
-`gptq_descend` choose the block scales and codes of a weight by GPTQ. `grouped_linear` runs one matrix of all experts of a
-layer, on GPUs. See the functions for shapes.
+`gptq_descend` choose the block scales and codes of a weight by GPTQ, for which `add_moments` sums products of its inputs.
+`grouped_linear` runs one matrix of all experts of a layer, on GPUs. See the functions for shapes.
 """
 
-from ._gptq import gptq_descend, gptq_solve, search_scales
+from ._gptq import add_moments, gptq_descend, gptq_solve, search_scales
 from ._linear import (
     PreparedTokens,
     PreparedWeight,
@@ -28,6 +28,7 @@ from ._linear import (
 __all__ = [
     "PreparedTokens",
     "PreparedWeight",
+    "add_moments",
     "backend_of",
     "fake_quantize",
     "fast_dtype",

@@ -84,6 +84,10 @@ def _register_fakes() -> None:
     def _(current, gradient, scale, matrix, global_scale, group, moved):
         pass
 
+    @torch.library.register_fake(add_op_namespace_prefix("cpu_add_moments"))
+    def _(second, cross, x, original, panel):
+        pass
+
     @torch.library.register_fake(add_op_namespace_prefix("cpu_search"))
     def _(weight, base, steps, global_scale, importance, group, scale):
         pass
