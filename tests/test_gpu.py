@@ -298,7 +298,7 @@ def test_moving_to_the_cpu_and_back(weight_only_model):
     with torch.no_grad():
         expected = weight_only_model(ids).logits
         other.cpu()
-        assert all(layer.kernels.module is None for layer in layers_of(other))
+        assert all(layer.kernels.backend in ("cpu", "reference") for layer in layers_of(other))
         assert relative_error(other(ids.cpu()).logits.cuda(), expected) < 0.03
         other.cuda()
         assert torch.equal(other(ids).logits, expected)

@@ -218,12 +218,13 @@ struct Room {
 // The division with the shortest estimated time. A tile of k takes as long as the slowest of four: what crosses from L2,
 // what comes from memory, the tensor cores, and the latency of one step. They are fitted, and not those of the hardware:
 // under these its choices are best on what a GPU took for 32 to 4096 tokens.
-inline Division choose_division(const Room& room, const BlockCost& block, int token_blocks, int row_blocks, int k_tiles) {
+inline Division choose_division(const Room& room, const BlockCost& block, int most_share, int token_blocks, int row_blocks,
+                                int k_tiles) {
   constexpr float kL2 = 9300, kMemory = 1550, kPeers = 2500;              // bytes per ns
   constexpr float kStep = 230, kStart = 380, kShare = 2350, kAdd = 1000;  // ns
   Division best{1, 1};
   float best_cost = 1e30f;
-  for (int share = 1; share <= (token_blocks > 1 ? 4 : 1); share *= 2) {  // with one tile of tokens it gained nothing
+  for (int share = 1; share <= most_share; share *= 2) {
     for (int split = 1; split * share <= kMostBlocks && (split == 1 || k_tiles / split >= 4); ++split) {
       const int size = split * share;
       if (room.shared[size] == 0) continue;
@@ -263,8 +264,9 @@ void launch_divided(Kernel kernel, const Room& room, const BlockCost& cost, int 
                     cudaStream_t stream) {
   const bool experts = p.routing.experts > 0;
   const int token_blocks = experts ? p.routing.tiles : (p.m + tokens - 1) / tokens, row_blocks = (p.n + rows - 1) / rows;
+  const int most_share = token_blocks > 1 && !experts ? 4 : 1;  // with one tile of tokens, and for experts, it gained nothing
   const Division d = p.split > 0 ? division_of(p.split, room)
-                                 : choose_division(room, cost, token_blocks, row_blocks, p.k_tiles);
+                                 : choose_division(room, cost, most_share, token_blocks, row_blocks, p.k_tiles);
   const float factor = operand == Operand::kE4m3                                    ? kFactorE4m3
                        : operand == Operand::kFp16 && format == Format::kMxfp4 ? 0.5f
                                                                                : 1.0f;

@@ -324,15 +324,13 @@ void launch(const GemmProblem& p, const FusedTokens& fused, cudaStream_t stream,
                GemvArgs{p, factor_of(kOperand, kFormat), fused});
 }
 
-// Blocks that stay for several slices fetch the next one's weights while they add up; but as many as fit on the GPU at once
-// must be left. How many experts have rows is not known here: as many as there are rows, at most.
+// Blocks stay for several slices: they fetch the next one's weights while they add up, and a tile's search for its expert
+// counts for all of them. Four were fastest for 8 and for 128 rows of 128 experts (benchmark_experts.py).
 template <Operand kOperand, Format kFormat, class S>
 void launch_experts(const GemmProblem& p, cudaStream_t stream) {
   const auto kernel = gemv_w4_experts_kernel<kOperand, kFormat, S>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSmem), "shared memory");
-  constexpr int kAtOnce = 132 * (16 / S::kWarps), kMostRounds = 4;
-  const int units = ((p.n + 15) / 16 + S::kSlices - 1) / S::kSlices, busy = std::min(p.m, p.routing.experts);
-  const int rounds = p.split > 0 ? p.split : std::clamp(busy * units / kAtOnce, 1, kMostRounds);
+  const int units = ((p.n + 15) / 16 + S::kSlices - 1) / S::kSlices, rounds = p.split > 0 ? p.split : 4;
   launch_after(kernel, dim3((units + rounds - 1) / rounds, p.routing.tiles), dim3(S::kWarps * 32), S::kSmem, 1, stream,
                GemvArgs{p, factor_of(kOperand, kFormat), {}});
 }
