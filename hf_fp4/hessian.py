@@ -55,11 +55,9 @@ class SecondMoments:
         self.tokens += x.shape[0]
         # The kernel takes cross moments of inputs with inputs only.
         square = self._cross is None or self._cross.shape == self._sum.shape
-        cross, paired = (
-            (self._cross, original if self._cross is not None else None) if square else (None, None)
-        )
+        cross = self._cross if square else None
         added = self._kernel is not None and self._kernel(
-            self._sum, cross, x, paired, _panels(self._sum)[0][1]
+            self._sum, cross, x, None if cross is None else original, _panels(self._sum)[0][1]
         )
         if added and square:
             return

@@ -217,7 +217,7 @@ struct Room {
 
 // The division with the shortest estimated time. A tile of k takes as long as the slowest of four: what crosses from L2,
 // what comes from memory, the tensor cores, and the latency of one step. They are fitted, and not those of the hardware:
-// under these its choices are best on what a GPU took for 32 to 4096 tokens.
+// under these its choices are nearly the best of what an H200 took for 32 to 512 tokens (sweep_variants.py).
 inline Division choose_division(const Room& room, const BlockCost& block, int most_share, int token_blocks, int row_blocks,
                                 int k_tiles) {
   constexpr float kL2 = 9300, kMemory = 1550, kPeers = 2500;              // bytes per ns
