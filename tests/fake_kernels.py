@@ -144,6 +144,13 @@ def linear(x, packed, row_scale, bias=None, **arguments):
     return gemm(prepare_activation(x, format=format, **arguments), packed, row_scale, bias)
 
 
+def linears(x, weights, biases, **arguments):
+    packed = weights[0][0]
+    format = "nvfp4" if packed.shape[-1] == x.shape[-1] // 2 + x.shape[-1] // 16 else "mxfp4"
+    tokens = prepare_activation(x, format=format, **arguments)
+    return [gemm(tokens, *weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
 def prepare_experts(weight, weight_scale, weight_global_scale, by_row=False):
     """As the real one: a row's scales behind its codes, since layers read them from there; or in tiles of 64 rows."""
     rows = torch.ones(weight.shape[:2])

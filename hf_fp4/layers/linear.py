@@ -114,7 +114,7 @@ class FP4Linear(HasStoredLayout, nn.Linear):
         self.kernels = REFERENCE
         self._source: KernelSource | None = None
         self._fp8 = False
-        self._shared: _SharedTokens | None = None
+        self._shared: _SharedInput | None = None
         self.register_parameter("bias", nn.Parameter(empty(out_features, dtype=dtype)) if bias else None)
 
     @property
@@ -241,15 +241,21 @@ class FP4Linear(HasStoredLayout, nn.Linear):
         return self._run(x, dtype)
 
     def _run(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        module: Any = self.kernels.module
-        bias = None if self.bias is None else self.bias.to(dtype)
         if self._shared is not None:
-            return module.gemm(self._shared.tokens_of(self, x, dtype), self.weight, self.row_scale, bias)
-        return module.linear(x.to(dtype), self.weight, self.row_scale, bias, **self._input_arguments)
+            result = self._shared.result_of(self, x, dtype)
+            if result is not None:
+                return result
+        module: Any = self.kernels.module
+        return module.linear(
+            x.to(dtype), self.weight, self.row_scale, self._bias_in(dtype), **self._input_arguments
+        )
+
+    def _bias_in(self, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
 
     @property
     def _input_arguments(self) -> dict[str, Any]:
-        """What the kernels are told about the input; `_SharedTokens` needs it to be the same in all its layers."""
+        """What the kernels are told about the input; `_SharedInput` needs it to be the same in all its layers."""
         arguments = input_arguments(self.activation_scale_rule, self.hadamard_size, self.input_global_scale)
         return {**arguments, "fp8": self._fp8}
 
@@ -297,39 +303,45 @@ class _DifferentiableLinear(torch.autograd.Function):
         return x, bias, None, None
 
 
-class _SharedTokens:
-    """The rotated and quantized input of layers that are called on the same tensor, such as q, k and v: made once.
+class _SharedInput:
+    """Layers that are called on the same tensor, such as q, k and v: the first call computes the results of all of them.
 
-    It is kept from the first layer's call until each of the others has taken it, and made anew whenever that is not sure to
-    be right: for another tensor or one that was written to, for a layer that took it before, on another stream, and between
-    what is captured in a CUDA graph and what is not.
+    Each of the others' is kept until its layer is called, and computed anew whenever it is not sure to be right: for another
+    tensor or one that was written to, on another stream, and between what is captured in a CUDA graph and what is not.
+    Layers that turn out to be called on different tensors, as in cross-attention, are computed one by one from then on.
     """
 
     def __init__(self, layers: list[FP4Linear]):
-        self._count = len(layers)
-        self._held: tuple[torch.Tensor, Any, Any, tuple[FP4Linear, ...]] | None = None
+        self._layers, self._together = layers, True
+        self._held: tuple[torch.Tensor, Any, dict[FP4Linear, torch.Tensor]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # the copies' layers work one by one until `use_kernels` pairs them
 
-    def tokens_of(self, layer: FP4Linear, x: torch.Tensor, dtype: torch.dtype) -> Any:
-        """The kernels' ``PreparedTokens`` for ``x`` in ``dtype``."""
-        held, moment = self._held, (dtype, _moment(x))
-        if (
-            held is not None
-            and held[0] is x
-            and held[1] == moment
-            and all(taker is not layer for taker in held[3])
-        ):
-            tokens, takers = held[2], (*held[3], layer)
-        else:
-            module: Any = layer.kernels.module
-            tokens = module.prepare_activation(
-                x.to(dtype), format=layer.format.value, **layer._input_arguments
-            )
-            takers = (layer,)
-        self._held = None if len(takers) == self._count else (x, moment, tokens, takers)
-        return tokens
+    def result_of(self, layer: FP4Linear, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """What ``layer`` makes of ``x`` in ``dtype``; None: it has to see to that itself."""
+        moment = (dtype, _moment(x))
+        if self._held is not None:
+            held, its_moment, results = self._held
+            if layer in results:
+                if held is x and its_moment == moment:
+                    rest = {other: y for other, y in results.items() if other is not layer}
+                    self._held = (x, moment, rest) if rest else None
+                    return results[layer]
+                self._together, self._held = False, None
+        if not self._together or not all(_runs_alike(other, layer) for other in self._layers):
+            return None
+        module: Any = layer.kernels.module
+        made = module.linears(
+            x.to(dtype),
+            [(other.weight, other.row_scale) for other in self._layers],
+            [other._bias_in(dtype) for other in self._layers],
+            **layer._input_arguments,
+        )
+        results = dict(zip(self._layers, made, strict=True))
+        result = results.pop(layer)
+        self._held = (x, moment, results)
+        return result
 
 
 def _moment(x: torch.Tensor) -> Any:
@@ -343,7 +355,7 @@ def _moment(x: torch.Tensor) -> Any:
 
 
 def use_kernels(model: nn.Module, source: KernelSource, without: Container[FP4Linear] = ()) -> set[Kernels]:
-    """`FP4Linear.use_kernels` on every layer of ``model``, and one preparation of the input where layers share it.
+    """`FP4Linear.use_kernels` on every layer of ``model``, and one call of kernels for layers that share their input.
 
     ``without``: layers that are left as they are. Returns what was found for the devices of the layers.
     """
@@ -357,22 +369,22 @@ def use_kernels(model: nn.Module, source: KernelSource, without: Container[FP4Li
         partners = [layers[n] for n in fused_partners(name) if n in layers]
         if layer is partners[0]:
             alike = [layer for layer in partners if _takes_same_input(layer, partners[0])]
-            shared = _SharedTokens(alike) if len(alike) > 1 else None
+            shared = _SharedInput(alike) if len(alike) > 1 else None
             for partner in partners:
                 partner._shared = shared if partner in alike else None
     return found
 
 
+def _runs_alike(a: FP4Linear, b: FP4Linear) -> bool:
+    return a.kernels.module is not None and a.kernels is b.kernels and a.weight.device == b.weight.device
+
+
 def _takes_same_input(a: FP4Linear, b: FP4Linear) -> bool:
-    if (
-        a.kernels.module is None
-        or a.kernels is not b.kernels
-        or (a.format, a.in_features) != (b.format, b.in_features)
-    ):
+    if not _runs_alike(a, b) or (a.format, a.in_features) != (b.format, b.in_features):
         return False
     mine, other = a._input_arguments, b._input_arguments
     scales = [arguments.pop("input_global_scale") for arguments in (mine, other)]
     same = scales[0] is scales[1] or (
         None not in scales and scales[0].device == scales[1].device and torch.equal(*scales)
     )
-    return same and mine == other and a.weight.device == b.weight.device
+    return same and mine == other

@@ -1,4 +1,5 @@
-"""FP4 linears against bf16 F.linear, per shape: us, ratio, share of the bound. Cold weights.
+"""FP4 linears against bf16 F.linear, per shape: us, ratio, share of the bound. Cold weights. q, k and v, and gate and up, are
+linears of their own in one call of `linears`, as in a model; for bf16 they are one product.
 
     python benchmarks/benchmark_linear.py [--m 1 16 64] [--mode nvfp4_w4a4 ...] [--backend triton] [--json out.json]
     OMP_NUM_THREADS=2 python benchmarks/benchmark_linear.py --backend cpu
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import reference as ref
 from conftest import load_variant, variant_paths
-from problems import LLAMA_8B, Mode
+from problems import LLAMA_8B, LLAMA_8B_LINEARS, Mode
 
 MODES = {
     "nvfp4_w4a4": Mode("nvfp4", "fp4", 16, rule="mse"),
@@ -102,28 +103,31 @@ def bf16_calls(n, k, m) -> list:
     return [lambda w=w: F.linear(x, w) for w in weights]
 
 
-def fp4_calls(kernels, mode, n, k, m) -> list:
+def fp4_calls(kernels, mode, layer, m) -> list:
+    (n, k), rows = LLAMA_8B[layer], LLAMA_8B_LINEARS[layer]
     copies = repeat(COLD_BYTES * 2 // (n * k) + 1)
     x = torch.randn(m, k, dtype=torch.bfloat16)
     g = torch.tensor([64.0]) if mode.format == "nvfp4" and mode.activations == "fp4" else None
     weight = ref.random_weight(n, k, mode.format)
-    first = kernels.prepare_weight(*weight)
-    prepared = [first] + [(first[0].clone(), first[1]) for _ in range(copies - 1)]
+    parts = zip(weight[0].split(rows), weight[1].split(rows), strict=True)
+    first = [kernels.prepare_weight(*part, weight[2]) for part in parts]
+    prepared = [first] + [[(packed.clone(), scale) for packed, scale in first] for _ in range(copies - 1)]
 
     def call(p):
-        return kernels.linear(
+        return kernels.linears(
             x,
-            *p,
-            None,
+            p,
+            [None] * len(rows),
             activations=mode.activations,
             hadamard=mode.hadamard,
             rule=mode.rule,
             input_global_scale=g,
         )
 
-    rows = slice(0, min(m, 256))
-    want = ref.activation_values(x[rows], mode, g).float() @ ref.weight_values(*weight).float().T
-    error = ref.relative_error(call(prepared[-1])[rows], want.double())
+    some = slice(0, min(m, 256))
+    want = ref.activation_values(x[some], mode, g).float() @ ref.weight_values(*weight).float().T
+    got = torch.cat(call(prepared[-1]), dim=-1)[some]
+    error = ref.relative_error(got, want.double())
     if not error < 6e-3:
         raise SystemExit(f"{mode.id} m={m} n={n} k={k}: wrong result, error {error:.2e}; not timed")
     return [lambda p=p: call(p) for p in prepared]
@@ -163,7 +167,7 @@ def main() -> None:
         for layer in args.layer:
             n, k = LLAMA_8B[layer]
             calls = {"bf16": bf16_calls(n, k, m)}
-            calls |= {name: fp4_calls(kernels, MODES[name], n, k, m) for name in args.mode}
+            calls |= {name: fp4_calls(kernels, MODES[name], layer, m) for name in args.mode}
             times[layer] = time_each(calls, m)
         bf16 = {layer: taken["bf16"] for layer, taken in times.items()}
         total = sum(bf16.values())

@@ -108,7 +108,9 @@ class Problems:
 
         def call(p):
             if variant == LINEAR:
-                return linear.ops.prepared_linear(x, *p, None, g, operand, True, mode.hadamard, 0)
+                return linear.ops.prepared_linears(
+                    x, *([v] for v in p), [None], g, operand, True, mode.hadamard, 0
+                )[0]
             tokens = linear.ops.prepare_activation(
                 x, g, linear.FORMATS[format], operand, True, mode.hadamard, 0
             )

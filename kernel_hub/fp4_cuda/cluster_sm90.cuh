@@ -263,7 +263,7 @@ void launch_divided(Kernel kernel, const Room& room, const BlockCost& cost, int 
                     Operand operand, Format format, bool takes_items, const GemmProblem& p,
                     cudaStream_t stream) {
   const bool experts = p.routing.experts > 0;
-  const int token_blocks = experts ? p.routing.tiles : (p.m + tokens - 1) / tokens, row_blocks = (p.n + rows - 1) / rows;
+  const int token_blocks = experts ? p.routing.tiles : (p.m + tokens - 1) / tokens, row_blocks = row_blocks_of(p, rows);
   const int most_share = token_blocks > 1 && !experts ? 4 : 1;  // with one tile of tokens, and for experts, it gained nothing
   const Division d = p.split > 0 ? division_of(p.split, room)
                                  : choose_division(room, cost, most_share, token_blocks, row_blocks, p.k_tiles);

@@ -44,16 +44,26 @@ struct ActivationProblem {
   const float* gathered_scale;  // float32 [tokens], what token_scale of a row is taken from, or null
 };
 
-struct GemmProblem {
+// One linear: its weight and its results.
+struct GemmPart {
   const uint8_t* weight;    // prepared weight
   const float* row_scale;   // float32 [N]
+  const void* bias;         // output dtype [N], or null
+  void* out;                // bf16 or fp16 [M, N]
+  int n;
+};
+
+constexpr int kMostParts = 3;
+
+// Up to three linears with the same tokens, such as q, k and v. The first one is the problem itself.
+struct GemmProblem : GemmPart {
+  GemmPart others[kMostParts - 1];
+  int parts;
   const void* x;            // tiled tokens
   const float* token_scale; // float32 [1] or [M], or null
   int token_scale_stride;
-  const void* bias;         // output dtype [N], or null
-  void* out;                // bf16 or fp16 [M, N]
   bool out_is_bf16;
-  int m, n, k_tiles;
+  int m, k_tiles;
   int token_tile;
   int format;
   int operand;
@@ -67,6 +77,13 @@ struct GemmProblem {
   // (tiles of one token), run_gemm_sm90's one tile for each segment.
   Routing routing;
 };
+
+// Blocks of so many rows, of which none has rows of two linears.
+inline int row_blocks_of(const GemmProblem& p, int rows) {
+  int blocks = (p.n + rows - 1) / rows;
+  for (int i = 0; i + 1 < p.parts; ++i) blocks += (p.others[i].n + rows - 1) / rows;
+  return blocks;
+}
 
 // Tokens that run_gemv_fused rotates and quantizes itself. GemmProblem's x and token_scale are not used then.
 struct FusedTokens {

@@ -8,6 +8,7 @@
 // every time and no workspace exists. Blocks of a cluster with neighbouring rows share the tokens they fetch.
 #include "cluster_sm90.cuh"
 #include "expand_fp4.cuh"
+#include "gemm_parts.cuh"
 #include "routing.cuh"
 #include "wgmma_sm90.cuh"
 
@@ -128,13 +129,15 @@ struct Producer {
   __device__ __forceinline__ int tiles_of(const Feed& f) const { return min(T::kTilesPerStage, k.count - f.tile); }
 
   __device__ __forceinline__ void copy_weights(const Feed& f) const {
-    const int tiles = tiles_of(f), last_row_tile = (p.n + 63) / 64 - 1;
+    int row_block = f.row_block;
+    const GemmPart part = part_of(p, kRows, row_block);
+    const int tiles = tiles_of(f), last_row_tile = (part.n + 63) / 64 - 1;
     const uint32_t full = ring.full(f.at.stage);
     barrier_expect(full, tiles * (kGroups * T::kWeightTile + T::kTokenTile));
     for (int g = 0; g < kGroups; ++g) {
-      const int row_tile = min(f.row_block * kGroups + g, last_row_tile);
+      const int row_tile = min(row_block * kGroups + g, last_row_tile);
       const int64_t tile = static_cast<int64_t>(row_tile) * p.k_tiles + k.first + f.tile;
-      bulk_copy(ring.stage(f.at.stage) + g * T::kWeightStage, p.weight + tile * T::kWeightTile, tiles * T::kWeightTile,
+      bulk_copy(ring.stage(f.at.stage) + g * T::kWeightStage, part.weight + tile * T::kWeightTile, tiles * T::kWeightTile,
                 full, items.token_blocks == 1 ? stream_once : keep);
     }
   }
@@ -446,7 +449,11 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
       // With 24 of a producer thread, all registers of a block.
       asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(T::kBlocksPerSm == 1 ? 240 : 104));
     }
-    prefetch_row_data<kRows>(p.row_scale, p.bias, place.row_block * kRows, p.n);
+    {
+      int row_block = place.row_block;
+      const GemmPart part = part_of(p, kRows, row_block);
+      prefetch_row_data<kRows>(part.row_scale, part.bias, row_block * kRows, part.n);
+    }
     if (clustered) cluster_wait();
     const Releaser releaser(place, ring.empty(0));
     Cursor<T> at;
@@ -463,8 +470,10 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
         consume16<T, kOperand, kFormat, kTokens>(ring, releaser, k.count, acc);
       }
       grid_dependency_wait();
-      if (p.out_is_bf16) write<T, kTokens, __nv_bfloat16>(args, place, base, token_block, acc);
-      else write<T, kTokens, __half>(args, place, base, token_block, acc);
+      GemmArgs mine = args;
+      static_cast<GemmPart&>(mine.p) = part_of(p, kRows, place.row_block);
+      if (p.out_is_bf16) write<T, kTokens, __nv_bfloat16>(mine, place, base, token_block, acc);
+      else write<T, kTokens, __half>(mine, place, base, token_block, acc);
     }
   }
 }

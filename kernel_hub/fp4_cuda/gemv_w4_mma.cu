@@ -14,6 +14,7 @@
 #include "activation_fp4.cuh"
 #include "expand_fp4.cuh"
 #include "fp4_kernels.h"
+#include "gemm_parts.cuh"
 #include "mma_sm80.cuh"
 #include "pipeline_sm90.cuh"
 #include "routing.cuh"
@@ -189,31 +190,47 @@ template <Operand kOperand, Format kFormat, class S, Tokens kTokens>
 __device__ __forceinline__ void multiply_slices(const GemvArgs& args, const GemmProblem& p, const Segment& segment) {
   constexpr int kTileBytes = tile_bytes(kFormat);
   constexpr bool kFused = kTokens == Tokens::kFused;
+  constexpr int kParts = kTokens == Tokens::kRouted ? 1 : kMostParts;
   extern __shared__ __align__(16) uint8_t shared[];
   float* partial = reinterpret_cast<float*>(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first = p.k_tiles * warp / S::kWarps, count = p.k_tiles * (warp + 1) / S::kWarps - first;
   const int most = (p.k_tiles + S::kWarps - 1) / S::kWarps;
   const int steps = (most + S::kAhead - 1) / S::kAhead * S::kAhead;
-  const int slices = (p.n + 15) / 16;
 
+  // This warp's tiles of a unit, which is kSlices slices of a tile of 64 rows; null past the last unit.
+  struct Unit {
+    const uint8_t* tiles;
+    int slice;
+  };
+  auto unit_of = [&](int number) {
+    const GemmPart part = part_of<kParts>(p, S::kRows, number);
+    const int slice = number * S::kSlices;
+    const uint8_t* tiles = part.weight + (static_cast<int64_t>(slice / 4) * p.k_tiles + first) * kTileBytes;
+    return Unit{slice * 16 < part.n ? tiles : nullptr, slice % 4};
+  };
   uint4 w[S::kAhead][S::kSlices];
   uint32_t s[S::kAhead][S::kSlices];
-  auto fetch = [&](int u, int slice, int i) {
-    if (i >= count || slice >= slices) return;
-    const uint8_t* tile = p.weight + (static_cast<int64_t>(slice / 4) * p.k_tiles + first + i) * kTileBytes;
+  auto fetch = [&](int u, const Unit& unit, int i) {
+    if (i >= count || unit.tiles == nullptr) return;
+    const uint8_t* tile = unit.tiles + i * kTileBytes;
 #pragma unroll
     for (int r = 0; r < S::kSlices; ++r) {
-      w[u][r] = load_stream16(tile + codes_offset(slice % 4 + r, lane));
-      s[u][r] = load_stream2(tile + scales_offset(kFormat, slice % 4 + r, lane));
+      w[u][r] = load_stream16(tile + codes_offset(unit.slice + r, lane));
+      s[u][r] = load_stream2(tile + scales_offset(kFormat, unit.slice + r, lane));
     }
   };
 
   grid_dependency_launch();
-  int slice = blockIdx.x * S::kSlices;
+  int number = blockIdx.x;
+  Unit unit = unit_of(number);
 #pragma unroll
-  for (int u = 0; u < S::kAhead; ++u) fetch(u, slice, u);
-  prefetch_row_data<S::kRows>(p.row_scale, p.bias, slice * 16, p.n);
+  for (int u = 0; u < S::kAhead; ++u) fetch(u, unit, u);
+  {
+    int in_part = number;
+    const GemmPart part = part_of<kParts>(p, S::kRows, in_part);
+    prefetch_row_data<S::kRows>(part.row_scale, part.bias, in_part * S::kRows, part.n);
+  }
   grid_dependency_wait();
   float common_scale = 1.0f;  // of all tokens
   auto ring = [&] {
@@ -238,7 +255,7 @@ __device__ __forceinline__ void multiply_slices(const GemvArgs& args, const Gemm
   const int token = kFused ? min(g, p.m - 1) : g;  // of this lane; results of a token past the last are dropped
   const uint32_t lane_tokens = token * 128 + (token & 1) * 64 + t * 16;
 
-  for (; slice < slices; slice += gridDim.x * S::kSlices) {
+  while (unit.tiles != nullptr) {
     float acc[S::kSlices][S::kColumns][4] = {};
     for (int base = 0; base < steps; base += S::kAhead) {
 #pragma unroll
@@ -262,8 +279,8 @@ __device__ __forceinline__ void multiply_slices(const GemvArgs& args, const Gemm
               for (int c = 0; c < S::kColumns; ++c) mma<kOperand>(acc[r][c], a[j], b[c][2 * j], b[c][2 * j + 1]);
           }
         }
-        if (base + u + S::kAhead < steps) fetch(u, slice, base + u + S::kAhead);
-        else fetch(u, slice + gridDim.x * S::kSlices, u);
+        if (base + u + S::kAhead < steps) fetch(u, unit, base + u + S::kAhead);
+        else fetch(u, unit_of(number + gridDim.x), u);
       }
     }
 #pragma unroll
@@ -274,8 +291,13 @@ __device__ __forceinline__ void multiply_slices(const GemvArgs& args, const Gemm
         for (int i = 0; i < 4; ++i)
           partial[(warp * S::kTokens + 8 * c + 2 * t + i % 2) * (S::kRows + 4) + 16 * r + g + i / 2 * 8] = acc[r][c][i];
     __syncthreads();
-    write_outputs<S, kTokens>(p, args.factor, segment, partial, slice * 16, common_scale);
-    if (slice + gridDim.x * S::kSlices < slices) __syncthreads();
+    GemmProblem mine = p;
+    int in_part = number;
+    static_cast<GemmPart&>(mine) = part_of<kParts>(p, S::kRows, in_part);
+    write_outputs<S, kTokens>(mine, args.factor, segment, partial, in_part * S::kRows, common_scale);
+    number += gridDim.x;
+    unit = unit_of(number);
+    if (unit.tiles != nullptr) __syncthreads();
   }
 }
 
@@ -311,7 +333,7 @@ void launch(const GemmProblem& p, const FusedTokens& fused, cudaStream_t stream,
   const auto kernel = gemv_w4_kernel<kOperand, kFormat, S, kTokens>;
   const int smem = kTokens == Tokens::kFused ? S::kPartialBytes + p.k_tiles * p.m * 128 : S::kSmem;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem), "shared memory");
-  int blocks = ((p.n + 15) / 16 + S::kSlices - 1) / S::kSlices;
+  int blocks = row_blocks_of(p, S::kRows);
   if (grid == Grid::kResident) {
     int device = 0, sms = 0, per_sm = 0;
     check_cuda(cudaGetDevice(&device), "cudaGetDevice");
@@ -338,7 +360,7 @@ void launch_experts(const GemmProblem& p, cudaStream_t stream) {
 // Measured on an H100: few rows need 16 warps a block to fill the GPU, unless that leaves a second, partly filled round;
 // many rows are read fastest by blocks of 64 rows that stay.
 int variant_of(const GemmProblem& p) {
-  const int slices = (p.n + 15) / 16;
+  const int slices = row_blocks_of(p, 16);
   return p.split > 0 ? p.split : slices > 8 * 132 ? 3 : slices > 2 * 132 ? 2 : 1;
 }
 

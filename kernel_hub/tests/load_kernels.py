@@ -39,7 +39,8 @@ def trace(kernels, format, activations, m, n=48, k=192):
         y = kernels.linear(x, *prepared, bias, **options)
         tokens = kernels.prepare_activation(x, format=format, **options)
         shared = kernels.gemm(tokens, *prepared, bias)
-        for result in (y, shared):
+        several = kernels.linears(x, [prepared, prepared], [bias, None], **options)
+        for result in (y, shared, *several):
             assert result.shape == (2, m, n) and result.dtype == x.dtype
         codes, scales, multiplier = kernels.rotate_quantize(x, format=format, input_global_scale=static)
         assert codes.shape == (2 * m, k // 2) and codes.dtype == torch.uint8

@@ -123,7 +123,9 @@ FLOAT32_MODES = [
 ]
 
 # The four linears of one Llama-3.1-8B layer (q, k, v and gate, up fused).
-LLAMA_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+# Layers of Llama-3.1-8B: rows of the linears that have the same input, and in_features.
+LLAMA_8B_LINEARS = {"qkv": (4096, 1024, 1024), "o": (4096,), "gate_up": (14336, 14336), "down": (4096,)}
+LLAMA_8B = {name: (sum(n), 14336 if name == "down" else 4096) for name, n in LLAMA_8B_LINEARS.items()}
 
 # Error of a result against FP32 may be at most twice eager's plus this, relative to the norm of the result.
 FLOORS = {"bfloat16": 1e-3, "float16": 2e-4, "float32": 1e-6}

@@ -351,6 +351,60 @@ def test_shared_activation_equals_linear(kernels):
     assert torch.equal(y.view(20, 320), call(kernels, x, prepared, bias, mode, g))
 
 
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+@pytest.mark.parametrize(
+    "m, rows, k",
+    [
+        (1, [48, 64, 16], 1152),
+        (2, [4096, 1024, 1024], 384),
+        (2, [12000, 12000], 128),
+        (13, [80, 272, 48], 1152),
+        (40, [336], 1152),
+        (64, [16, 4096, 64], 384),
+        (130, [272, 80, 144], 1152),
+        (300, [17024, 80], 384),
+        (2100, [144, 272], 128),
+    ],
+)
+def test_linears(kernels, mode, m, rows, k):
+    """Several linears in one call, whose blocks of rows end anywhere: each as by itself, the same bits twice, and a token's
+    bits do not depend on the other tokens."""
+    if k % (mode.hadamard or 32):
+        pytest.skip("the rotation does not divide K")
+    parts = [make(Shape(m, n, k), mode, seed=n) for n in rows]
+    x, g = parts[0][0], parts[0][3]
+    weights = [kernels.prepare_weight(*weight) for _, weight, _, _ in parts]
+    biases = [bias if i != 1 else None for i, (_, _, bias, _) in enumerate(parts)]
+
+    def run(x):
+        return kernels.linears(
+            x, weights, biases, activations=mode.activations, hadamard=mode.hadamard, rule=mode.rule,
+            input_global_scale=g, fp8=mode.fp8,
+        )  # fmt: skip
+
+    results, again = run(x), run(x)
+    other = torch.full_like(x, float("nan"))
+    other[-1] = x[-1]
+    for i, y in enumerate(results):
+        check(y, x, parts[i][1], biases[i], mode, g)
+        assert torch.equal(y, again[i]) and torch.equal(y[-1], run(other)[i][-1])
+
+
+def test_linears_that_cannot_be_one_call_are_refused(kernels):
+    if kernels.backend_of(torch.get_default_device()) != "cuda":
+        pytest.skip("CUDA kernels only")
+    x = torch.randn(3, 512, dtype=torch.bfloat16)
+    weights = [
+        kernels.prepare_weight(*ref.random_weight(64, k, f))
+        for k, f in ((512, "nvfp4"), (512, "mxfp4"), (256, "nvfp4"))
+    ]
+    for other in weights[1:]:
+        with pytest.raises(RuntimeError, match="one format, in_features and device"):
+            kernels.linears(x, [weights[0], other], [None, None])
+    with pytest.raises(RuntimeError, match="1 to 3 linears"):
+        kernels.linears(x, weights[:1] * 4, [None] * 4)
+
+
 @pytest.mark.parametrize("mode", [MODES[2], MODES[8], MODES[0]], ids=lambda m: m.id)
 @pytest.mark.parametrize("m", [1, 16, 20, 64, 200])
 def test_graph_and_streams(kernels, mode, m):

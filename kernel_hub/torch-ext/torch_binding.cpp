@@ -131,26 +131,62 @@ void check_operand(const fp4::ActivationProblem& p, int64_t operand, bool quanti
 
 ScalarType output_type(bool out_is_bf16) { return out_is_bf16 ? ScalarType::BFloat16 : ScalarType::Half; }
 
-// Everything but the tokens and the output.
-fp4::GemmProblem gemm_problem(const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
-                              int64_t m, int64_t operand, bool out_is_bf16) {
+// Without the output.
+fp4::GemmPart gemm_part(const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
+                        bool out_is_bf16) {
   const int64_t n = row_scale.size(-1), experts = experts_of(packed);
   STD_TORCH_CHECK(div_up(n, 64) == packed.size(-3) && n % 16 == 0 && row_scale.numel() == experts * n,
                   "row_scale does not belong to this prepared weight");
   STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == experts * n && bias->scalar_type() == output_type(out_is_bf16) &&
                                         bias->is_contiguous()),
                   "bias must be contiguous [N], of experts [E, N], of the output dtype");
-  fp4::GemmProblem p = {};
-  p.weight = static_cast<const uint8_t*>(packed.data_ptr());
-  p.row_scale = static_cast<const float*>(row_scale.data_ptr());
-  p.bias = data_or_null(bias);
+  return {static_cast<const uint8_t*>(packed.data_ptr()), static_cast<const float*>(row_scale.data_ptr()),
+          data_or_null(bias), nullptr, static_cast<int>(n)};
+}
+
+// Everything but the tokens and the output.
+fp4::GemmProblem gemm_problem(const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
+                              int64_t m, int64_t operand, bool out_is_bf16) {
+  fp4::GemmProblem p = {gemm_part(packed, row_scale, bias, out_is_bf16)};
+  p.parts = 1;
   p.out_is_bf16 = out_is_bf16;
   p.m = static_cast<int>(m);
-  p.n = static_cast<int>(n);
   p.k_tiles = static_cast<int>(packed.size(-2));
   p.token_tile = static_cast<int>(token_tile(m));
   p.format = static_cast<int>(format_of(packed));
   p.operand = kernel_operand(operand);
+  return p;
+}
+
+// The weights of linears with the same input.
+struct Linears {
+  const std::vector<Tensor>&packed, &row_scale;
+  const std::vector<std::optional<Tensor>>& bias;
+
+  int64_t rows() const {
+    int64_t n = 0;
+    for (const Tensor& scale : row_scale) n += scale.numel();
+    return n;
+  }
+};
+
+// Their problem, all but the tokens; `out` gets their outputs.
+fp4::GemmProblem gemm_problem(const Linears& linears, const Tensor& like, int64_t m, int64_t operand, bool out_is_bf16,
+                              std::vector<Tensor>& out) {
+  const std::vector<Tensor>& packed = linears.packed;
+  fp4::GemmProblem p = gemm_problem(packed[0], linears.row_scale[0], linears.bias[0], m, operand, out_is_bf16);
+  p.parts = static_cast<int>(packed.size());
+  for (size_t i = 0; i < packed.size(); ++i) {
+    STD_TORCH_CHECK(packed[i].dim() == 3, "weights of experts are for grouped_linear");
+    STD_TORCH_CHECK(packed[i].size(-1) == packed[0].size(-1) && packed[i].size(-2) == packed[0].size(-2) &&
+                        packed[i].get_device_index() == packed[0].get_device_index(),
+                    "linears with the same input must have weights of one format, in_features and device");
+    fp4::GemmPart part = gemm_part(packed[i], linears.row_scale[i], linears.bias[i], out_is_bf16);
+    out.push_back(new_tensor(like, {m, part.n}, output_type(out_is_bf16)));
+    part.out = out.back().data_ptr();
+    if (i == 0) static_cast<fp4::GemmPart&>(p) = part;
+    else p.others[i - 1] = part;
+  }
   return p;
 }
 
@@ -292,10 +328,9 @@ static Tensor library_gemm(const Tensor& tokens, const Tensor& token_scale, cons
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
-                     const std::optional<Tensor>& bias, int64_t m, int64_t operand, bool out_is_bf16, int64_t split) {
-  const int64_t format = format_of(packed), k_tiles = packed.size(-2);
-  STD_TORCH_CHECK(packed.dim() == 3, "weights of experts are for grouped_linear");
+static std::vector<Tensor> gemms(const Tensor& tokens, const Tensor& token_scale, const Linears& linears, int64_t m,
+                                 int64_t operand, bool out_is_bf16, int64_t split) {
+  const int64_t format = format_of(linears.packed[0]), k_tiles = linears.packed[0].size(-2);
   operand = operand_for(m, operand, out_is_bf16);
   const bool library = operand == kE4m3Rows;
   const int64_t tile = token_tile(m);
@@ -304,11 +339,16 @@ Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tens
                   "tokens were prepared for another shape or operand type");
   STD_TORCH_CHECK(operand < kE4m3 || format == kMxfp4, "E4M3 operands are for mxfp4 weights");
   STD_TORCH_CHECK(!library || out_is_bf16, "the library's product writes bf16 only");
-  fp4::GemmProblem p = gemm_problem(packed, row_scale, bias, m, operand, out_is_bf16);
   const DeviceGuard guard(tokens.get_device_index());
-  if (library) return library_gemm(tokens, token_scale, packed, row_scale, bias, m);
-  Tensor out = new_tensor(tokens, {m, p.n}, output_type(out_is_bf16));
-  p.out = out.data_ptr();
+  std::vector<Tensor> out;
+  if (library) {
+    for (size_t i = 0; i < linears.packed.size(); ++i) {
+      gemm_part(linears.packed[i], linears.row_scale[i], linears.bias[i], out_is_bf16);  // checks
+      out.push_back(library_gemm(tokens, token_scale, linears.packed[i], linears.row_scale[i], linears.bias[i], m));
+    }
+    return out;
+  }
+  fp4::GemmProblem p = gemm_problem(linears, tokens, m, operand, out_is_bf16, out);
   p.x = tokens.data_ptr();
   p.token_scale = token_scale.numel() > 0 ? static_cast<const float*>(token_scale.data_ptr()) : nullptr;
   p.token_scale_stride = token_scale.numel() > 1 ? 1 : 0;
@@ -317,34 +357,36 @@ Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tens
   return out;
 }
 
-static Tensor fused_linear(const Tensor& x, const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
-                           const std::optional<Tensor>& global, int64_t operand, bool quantize, int64_t hadamard,
-                           int64_t rule) {
-  const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16;
-  const fp4::ActivationProblem a = activation_problem(x, global, format_of(packed), hadamard, rule);
-  check_operand(a, operand, quantize);
-  operand = operand_for(a.m, operand, out_is_bf16);
-  const DeviceGuard guard(x.get_device_index());
-  fp4::GemmProblem p = gemm_problem(packed, row_scale, bias, a.m, operand, out_is_bf16);
-  Tensor out = new_tensor(x, {p.m, p.n}, x.scalar_type());
-  p.out = out.data_ptr();
-  fp4::run_gemv_fused(p, {a.x, quantize ? a.global : nullptr, a.k, a.hadamard, a.rule, quantize}, current_stream(x));
-  return out;
+Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
+                     const std::optional<Tensor>& bias, int64_t m, int64_t operand, bool out_is_bf16, int64_t split) {
+  return gemms(tokens, token_scale, {{packed}, {row_scale}, {bias}}, m, operand, out_is_bf16, split)[0];
 }
 
-Tensor prepared_linear(const Tensor& x, const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& global, int64_t operand, bool quantize, int64_t hadamard,
-                       int64_t rule) {
-  STD_TORCH_CHECK(packed.dim() == 3, "weights of experts are for grouped_linear");
-  STD_TORCH_CHECK(div_up(x.size(-1), 64) == packed.size(1), "x has ", x.size(-1), " features, the weight does not");
-  const bool per_token = quantize && format_of(packed) == kNvfp4 && !global.has_value();  // needs all of a token first
-  if (tokens_of(x) <= kFusedTokens && !per_token && tokens_of(x) * packed.size(1) * 128 <= kFusedBytes &&
-      row_scale.numel() <= kFusedRows) {
-    return fused_linear(x, packed, row_scale, bias, global, operand, quantize, hadamard, rule);
+// One launch for all of them. Up to a few tokens, one altogether.
+std::vector<Tensor> prepared_linears(const Tensor& x, const std::vector<Tensor>& packed,
+                                     const std::vector<Tensor>& row_scale,
+                                     const std::vector<std::optional<Tensor>>& bias, const std::optional<Tensor>& global,
+                                     int64_t operand, bool quantize, int64_t hadamard, int64_t rule) {
+  STD_TORCH_CHECK(!packed.empty() && packed.size() <= fp4::kMostParts && packed.size() == row_scale.size() &&
+                      packed.size() == bias.size(),
+                  "1 to ", fp4::kMostParts, " linears with as many row scales and biases, got ", packed.size(), ", ",
+                  row_scale.size(), " and ", bias.size());
+  const Linears linears{packed, row_scale, bias};
+  const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16;
+  const int64_t format = format_of(packed[0]), m = tokens_of(x), k_tiles = packed[0].size(-2);
+  STD_TORCH_CHECK(div_up(x.size(-1), 64) == k_tiles, "x has ", x.size(-1), " features, the weight does not");
+  const bool per_token = quantize && format == kNvfp4 && !global.has_value();  // needs all of a token first
+  if (m > kFusedTokens || per_token || m * k_tiles * 128 > kFusedBytes || linears.rows() > kFusedRows) {
+    auto [tokens, token_scale] = prepare_activation(x, global, format, operand, quantize, hadamard, rule);
+    return gemms(tokens, token_scale, linears, m, operand, out_is_bf16, 0);
   }
-  auto [tokens, token_scale] = prepare_activation(x, global, format_of(packed), operand, quantize, hadamard, rule);
-  return prepared_gemm(tokens, token_scale, packed, row_scale, bias, tokens_of(x), operand,
-                       x.scalar_type() == ScalarType::BFloat16, 0);
+  const fp4::ActivationProblem a = activation_problem(x, global, format, hadamard, rule);
+  check_operand(a, operand, quantize);
+  const DeviceGuard guard(x.get_device_index());
+  std::vector<Tensor> out;
+  const fp4::GemmProblem p = gemm_problem(linears, x, m, operand_for(m, operand, out_is_bf16), out_is_bf16, out);
+  fp4::run_gemv_fused(p, {a.x, quantize ? a.global : nullptr, a.k, a.hadamard, a.rule, quantize}, current_stream(x));
+  return out;
 }
 
 // Rows of a tile, by rows per expert on average. Up to 16: run_gemv.
@@ -471,8 +513,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "prepared_gemm(Tensor tokens, Tensor token_scale, Tensor packed, Tensor row_scale, Tensor? bias, int m, int operand,"
       " bool out_is_bf16, int split) -> Tensor");
   ops.def(
-      "prepared_linear(Tensor x, Tensor packed, Tensor row_scale, Tensor? bias, Tensor? global_scale, int operand,"
-      " bool quantize, int hadamard, int rule) -> Tensor");
+      "prepared_linears(Tensor x, Tensor[] packed, Tensor[] row_scale, Tensor?[] bias, Tensor? global_scale, int operand,"
+      " bool quantize, int hadamard, int rule) -> Tensor[]");
   ops.def(
       "grouped_linear(Tensor x, Tensor offsets, Tensor? index, Tensor packed, Tensor row_scale, Tensor? bias,"
       " Tensor? global_scale, int operand, bool quantize, int hadamard, int rule, int variant) -> Tensor");
@@ -485,7 +527,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("fake_quantize", TORCH_BOX(&fake_quantize));
   ops.impl("prepare_activation", TORCH_BOX(&prepare_activation));
   ops.impl("prepared_gemm", TORCH_BOX(&prepared_gemm));
-  ops.impl("prepared_linear", TORCH_BOX(&prepared_linear));
+  ops.impl("prepared_linears", TORCH_BOX(&prepared_linears));
   ops.impl("grouped_linear", TORCH_BOX(&grouped_linear));
 }
 

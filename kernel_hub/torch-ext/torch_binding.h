@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 using torch::stable::Tensor;
 
@@ -18,9 +19,10 @@ std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::option
                                               int64_t operand, bool quantize, int64_t hadamard, int64_t rule);
 Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
                      const std::optional<Tensor>& bias, int64_t m, int64_t operand, bool out_is_bf16, int64_t split);
-Tensor prepared_linear(const Tensor& x, const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& global, int64_t operand, bool quantize, int64_t hadamard,
-                       int64_t rule);
+std::vector<Tensor> prepared_linears(const Tensor& x, const std::vector<Tensor>& packed,
+                                     const std::vector<Tensor>& row_scale,
+                                     const std::vector<std::optional<Tensor>>& bias, const std::optional<Tensor>& global,
+                                     int64_t operand, bool quantize, int64_t hadamard, int64_t rule);
 Tensor grouped_linear(const Tensor& x, const Tensor& offsets, const std::optional<Tensor>& index, const Tensor& packed,
                       const Tensor& row_scale, const std::optional<Tensor>& bias, const std::optional<Tensor>& global,
                       int64_t operand, bool quantize, int64_t hadamard, int64_t rule, int64_t variant);

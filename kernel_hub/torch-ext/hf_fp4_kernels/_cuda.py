@@ -12,7 +12,7 @@ TILE_BYTES = {"nvfp4": 2304, "mxfp4": 2176}  # a prepared tile: 64 rows x 64 k
 
 
 def is_compiled() -> bool:
-    return hasattr(ops, "prepared_linear")
+    return hasattr(ops, "prepared_linears")
 
 
 def _div_up(a, b):
@@ -98,9 +98,9 @@ def _register_fakes() -> None:
         dtype = torch.bfloat16 if out_is_bf16 else torch.float16
         return tokens.new_empty((m, row_scale.shape[0]), dtype=dtype)
 
-    @torch.library.register_fake(add_op_namespace_prefix("prepared_linear"))
+    @torch.library.register_fake(add_op_namespace_prefix("prepared_linears"))
     def _(x, packed, row_scale, bias, global_scale, operand, quantize, hadamard, rule):
-        return x.new_empty((x.numel() // x.shape[-1], row_scale.shape[0]))
+        return [x.new_empty((x.numel() // x.shape[-1], scale.shape[0])) for scale in row_scale]
 
     @torch.library.register_fake(add_op_namespace_prefix("grouped_linear"))
     def _(

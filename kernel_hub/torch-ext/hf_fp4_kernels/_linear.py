@@ -1,6 +1,6 @@
 """The public functions: checks in one place, then what the device's backend has for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,10 +109,14 @@ def _cuda_gemm(prepared, packed, row_scale, bias):
     )  # fmt: skip
 
 
-def _cuda_linear(x, q, packed, row_scale, bias):
-    return ops.prepared_linear(
+def _cuda_linears(x, q, packed, row_scale, bias):
+    return ops.prepared_linears(
         x, packed, row_scale, bias, q.global_scale, OPERANDS[q.operand], q.quantize, q.hadamard, q.rule
     )
+
+
+def _cuda_linear(x, q, packed, row_scale, bias):
+    return _cuda_linears(x, q, [packed], [row_scale], [bias])[0]
 
 
 def _cuda_grouped_linear(x, q, index, offsets, packed, row_scale, bias):
@@ -221,6 +225,7 @@ class _Backend(NamedTuple):
     linear: Callable  # x, _Quantization, packed, row_scale, bias -> [M, N], or as x
     # weight, weight_scale, weight_global_scale of all experts -> packed, row_scale
     prepare_experts: Callable = _triton.prepare_experts
+    linears: Callable | None = None  # as `linear`, of several weights in one call
 
 
 _TRITON = _Backend(
@@ -241,6 +246,7 @@ _BACKENDS = {
         _cuda_gemm,
         _cuda_linear,
         lambda *arguments: ops.prepare_weight(*arguments),
+        _cuda_linears,
     ),
     "triton": _TRITON,
     "blackwell": _TRITON._replace(
@@ -457,6 +463,34 @@ def linear(
     q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8)
     y = _BACKENDS[_backend_of_weight(packed)].linear(x.contiguous(), q, packed, row_scale, bias)
     return y.view(*x.shape[:-1], row_scale.shape[0])
+
+
+def linears(
+    x: torch.Tensor,
+    weights: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    biases: Sequence[torch.Tensor | None],
+    *,
+    activations: str = "fp4",
+    hadamard: int | None = None,
+    rule: str = "absmax",
+    input_global_scale: torch.Tensor | None = None,
+    fp8: bool = True,
+) -> list[torch.Tensor]:
+    """`linear` with one to three weights of one format and in_features: x is rotated and quantized once, and the CUDA kernels
+    take one launch for all.
+
+    weights: what `prepare_weight` gave for each; biases: one for each. Others: as `linear`. Sums may be added up in another
+    order than `linear` has for one of the weights.
+    """
+    packed, row_scale = ([weight[i] for weight in weights] for i in (0, 1))
+    format = _format_of_packed(packed[0], row_scale[0], x.shape[-1])
+    q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8)
+    backend = _BACKENDS[_backend_of_weight(packed[0])]
+    if backend.linears is not None:
+        results = backend.linears(x.contiguous(), q, packed, row_scale, list(biases))
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in results]
+    tokens = backend.prepare_activation(x.contiguous(), q)
+    return [gemm(tokens, *weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def prepare_experts(
