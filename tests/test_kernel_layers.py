@@ -184,6 +184,41 @@ def test_an_input_that_changed_is_prepared_again():
         assert torch.equal(block.v_proj(y), fake_kernels.reference(block.v_proj, y))
 
 
+def test_layers_on_different_inputs_are_computed_one_by_one():
+    """Cross-attention has the names of self-attention."""
+    block = Attention()
+    use_kernels(block, SOURCE)
+    x, other = inputs(block.q_proj), inputs(block.q_proj) * 2
+    for _ in range(2):
+        fake_kernels.prepared.clear()
+        for layer, its in ((block.q_proj, x), (block.k_proj, other), (block.v_proj, other)):
+            assert torch.equal(layer(its), fake_kernels.reference(layer, its))
+        assert len(fake_kernels.prepared) == 3
+    assert block.q_proj._shared._held is None
+
+
+def test_an_interrupted_call_does_not_part_the_layers():
+    block = Attention()
+    use_kernels(block, SOURCE)
+    x = inputs(block.q_proj)
+    expected = block(x)
+    block.q_proj(inputs(block.q_proj) * 2)  # and then, say, no memory was left
+    fake_kernels.prepared.clear()
+    assert torch.equal(block(x), expected) and len(fake_kernels.prepared) == 2
+
+
+def test_a_layer_that_moved_away_is_left_to_itself():
+    block = Attention()
+    use_kernels(block, SOURCE)
+    x = inputs(block.q_proj)
+    expected = block(x)
+    block.k_proj.use_kernels(None)
+    assert torch.equal(block(x), expected)
+    block.k_proj.use_kernels(SOURCE)
+    fake_kernels.prepared.clear()
+    assert torch.equal(block(x), expected) and len(fake_kernels.prepared) == 2
+
+
 @pytest.mark.parametrize("change", ["input_global_scale", "hadamard_size", "activation_scale_rule"])
 def test_layers_that_differ_share_nothing(change):
     block = Attention()
