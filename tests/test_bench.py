@@ -15,6 +15,8 @@ from hf_fp4 import bench as benchmark
 from hf_fp4 import cli
 from hf_fp4.bench import BenchResult, BenchSettings, Measurement, Rate, bench, measure
 
+pytestmark = pytest.mark.once
+
 SMALL = BenchSettings(batch=2, prompt_tokens=8, new_tokens=5, repeats=3)
 FLAGS = ["--batch", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "2", "--device-map", "cpu"]
 

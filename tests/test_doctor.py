@@ -16,6 +16,8 @@ from hf_fp4.backends import Kernels, KernelSource, hub
 from hf_fp4.formats import FP4Format
 from hf_fp4.layers import linear
 
+pytestmark = pytest.mark.once
+
 HOPPER = {"name": "NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "total_memory": 85_000_000_000}
 AMPERE = {"name": "NVIDIA A100", "major": 8, "minor": 0, "total_memory": 42_000_000_000}
 BLACKWELL = {"name": "NVIDIA B200", "major": 10, "minor": 0, "total_memory": 190_000_000_000}

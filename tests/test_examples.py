@@ -26,6 +26,8 @@ from transformers import (
 
 from hf_fp4 import MRGPTQConfig
 
+pytestmark = pytest.mark.once
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 

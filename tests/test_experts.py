@@ -572,12 +572,16 @@ def test_a_killed_run_resumes(zoo, tmp_path, monkeypatch):
         assert (row.name, row.error, row.tokens) == (other.name, other.error, other.tokens)
 
 
+@pytest.mark.once
 def test_two_processes_make_what_one_makes(zoo, tmp_path):
-    run_together(2, zoo("qwen3_moe"), tmp_path)
+    """Neither equalized nor with rotations chosen: where sums in another order turn a choice, all codes move (test_team.py)."""
+    fields = {"equalize": False, "hadamard_group_size": 16}
+    run_together(2, zoo("qwen3_moe"), tmp_path, **fields)
     files = [tmp_path / f"{rank}.safetensors" for rank in (0, 1)]
     assert files[0].read_bytes() == files[1].read_bytes()
     ids = torch.randint(4, 200, (12, 40), generator=torch.Generator().manual_seed(3))
-    model = quantize(zoo("qwen3_moe"), dataset=list(ids), num_samples=12, sequence_length=40, batch_size=2)
+    sizes = {"num_samples": 12, "sequence_length": 40, "batch_size": 2}
+    model = quantize(zoo("qwen3_moe"), dataset=list(ids), **sizes, **fields)
     with safe_open(files[0], "pt") as opened:
         for name, tensor in model.state_dict().items():
             same = opened.get_tensor(name).view(torch.uint8) == tensor.view(torch.uint8)
@@ -610,8 +614,12 @@ def in_bfloat16(directory: Path, **fields) -> PreTrainedModel:
     )
 
 
-@pytest.mark.parametrize("fields", [{}, {"format": "mxfp4", "activations": "bf16"}], ids=str)
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [("mixtral", {}), ("gpt_oss", {"format": "mxfp4", "activations": "bf16"}), ("llama4", {})],
+    ids=str,
+)
 def test_kernels_run_all_experts_at_once(family, fields, zoo, tmp_path, tiles):
     model = in_bfloat16(zoo(family), **fields)
     result = logits(model)

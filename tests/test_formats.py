@@ -23,6 +23,8 @@ from hf_fp4.formats import (
 from hf_fp4.gptq import round_weight
 from hf_fp4.scales import weight_global_scale, weight_scales
 
+pytestmark = pytest.mark.once
+
 FORMATS = list(FP4Format)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)

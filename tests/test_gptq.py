@@ -19,6 +19,8 @@ from hf_fp4.gptq import (
 from hf_fp4.hessian import DampedMoments
 from hf_fp4.scales import weight_global_scale, weight_scales
 
+pytestmark = pytest.mark.once
+
 FORMATS = list(FP4Format)
 WIDTHS = (64, 96, BLOCK, BLOCK + 32, 2 * BLOCK + 64)
 DAMP = 0.01

@@ -17,6 +17,8 @@ from hf_fp4.hessian import (
 from hf_fp4.rotation import rotate
 from hf_fp4.scales import ACTIVATION_SCALE_RULES, fake_quantize_activations, input_global_scale
 
+pytestmark = pytest.mark.once
+
 K = 48
 
 

@@ -11,6 +11,8 @@ import torch
 from hf_fp4 import MRGPTQConfig
 from hf_fp4.backends import REFERENCE, KernelSource, describe, hub, select
 
+pytestmark = pytest.mark.once
+
 CUDA = torch.device("cuda", 0)
 SOURCE = KernelSource("me/kernels", 3)
 

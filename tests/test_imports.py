@@ -11,6 +11,8 @@ import pytest
 
 import hf_fp4
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(hf_fp4.__file__).parent
 
 ORDER = (

@@ -13,6 +13,8 @@ from hf_fp4.backends.reference import quantize_input
 from hf_fp4.formats import FP4Format
 from hf_fp4.scales import ACTIVATION_SCALE_RULES, input_global_scale
 
+pytestmark = pytest.mark.once
+
 ORACLE = Path(__file__).parents[1] / "kernel_hub" / "tests" / "reference.py"
 CASES = [(fmt, rule) for fmt in FP4Format for rule in ACTIVATION_SCALE_RULES[fmt]]
 

@@ -18,6 +18,8 @@ from hf_fp4.layers.linear import FP4Linear
 from hf_fp4.rotation import rotate
 from hf_fp4.scales import fake_quantize_activations, input_global_scale, weight_global_scale, weight_scales
 
+pytestmark = pytest.mark.once
+
 NVFP4, MXFP4 = FP4Format
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

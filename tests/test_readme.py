@@ -21,6 +21,8 @@ import hf_fp4
 from hf_fp4 import MRGPTQConfig
 from hf_fp4.cli import _field_docs, main
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", README, re.DOTALL)

@@ -8,6 +8,8 @@ import pytest
 from hf_fp4 import cli, report
 from hf_fp4.calibration.driver import LayerReport
 
+pytestmark = pytest.mark.once
+
 ROWS = [
     LayerReport(f"model.layers.{block}.mlp.{name}", size, rounded, error, 0.5)
     for block, rounded, error in ((0, 0.02, 0.01), (1, 0.04, 0.03))

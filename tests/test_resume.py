@@ -20,6 +20,8 @@ from hf_fp4.calibration import checkpoint
 from hf_fp4.calibration.checkpoint import WorkDir, weights_fingerprint
 from hf_fp4.calibration.group import Group
 
+pytestmark = pytest.mark.once
+
 FAMILY = "llama-200"
 TOKENS = list(tiny_tokens(2, 16))
 SIZES = {"num_samples": 2, "sequence_length": 16, "batch_size": 1}

@@ -9,6 +9,8 @@ from tolerances import ROTATION
 from hf_fp4 import rotation
 from hf_fp4.rotation import HADAMARD_SIZES, largest_size, rotate
 
+pytestmark = pytest.mark.once
+
 SIZES = (16, 32, 64, 128)
 
 

@@ -23,6 +23,8 @@ from hf_fp4.scales import (
     weight_scales,
 )
 
+pytestmark = pytest.mark.once
+
 NVFP4, MXFP4 = FP4Format
 E4M3_POSITIVE = range(1, 0x7E + 1)
 WEIGHT_CASES = [(NVFP4, rule) for rule in ("absmax", "mse", "four_over_six", "hessian")] + [

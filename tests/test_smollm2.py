@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from pathlib import Path
 
@@ -77,6 +78,16 @@ def test_every_linear_is_packed(model):
     stored = sum(buffer.nbytes for linear in linears for buffer in linear.buffers())
     assert stored < 0.30 * 2 * sum(linear.in_features * linear.out_features for linear in linears)
     assert model.get_memory_footprint() < 130e6  # 269 MB in bf16, of which 57 are the embeddings
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available()
+    or not any(Path(os.environ.get("LOCAL_KERNELS", "").partition("=")[2]).glob("*-cpu-*")),
+    reason="needs kernels for a CPU in LOCAL_KERNELS, and no GPU",
+)
+def test_every_linear_is_on_kernels(model):
+    linears = [module for module in model.modules() if isinstance(module, FP4Linear)]
+    assert {linear.kernels.backend for linear in linears} == {"cpu"}
 
 
 def test_it_answers(model, source):

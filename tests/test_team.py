@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from hf_fp4 import MRGPTQConfig
 from hf_fp4.calibration.team import Team
 
+pytestmark = pytest.mark.once
+
 RUN = """
 import json, os, sys
 import torch

@@ -55,7 +55,7 @@ SHARED_MEMORY = {100: 227 * 1024, 120: 99 * 1024}  # bytes a block may have
 
 @pytest.mark.parametrize("arch", [100, 120])
 def test_compiles_to_fp4_instructions(arch, tmp_path):
-    """Every tile, also under strides that are no multiple of 16: one kind of product, on packed FP4."""
+    """Every tile, the largest also under strides that are no multiple of 16: one kind of product, on packed FP4."""
     import blackwell_compile
 
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -266,8 +266,8 @@ def test_wrong_arguments_are_refused(kernels):
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.value)
 def test_experts_are_solved_in_the_same_launches(kernels, fmt):
-    """A stack of three, of two blocks of columns, gives what each gives by itself."""
-    problems = [Problem(fmt, 5, 160, ordered=True) for _ in range(3)]
+    """A stack of two, of two blocks of columns, gives what each gives by itself."""
+    problems = [Problem(fmt, 5, 160, ordered=True) for _ in range(2)]
     for i, problem in enumerate(problems):
         problem.weight *= i + 1.5
         if problem.global_scale is not None:
@@ -282,12 +282,12 @@ def test_experts_are_solved_in_the_same_launches(kernels, fmt):
     upper, order = stack("upper"), stack("order")
     together = gptq.solve(stack("weight"), stack("scale"), fmt, scales, upper, order, backend)
     added = torch.tensor([problem.added for problem in problems], device=DEVICE)
-    descended = gptq.descend(stack("weight"), together, stack("second"), added, 2, backend)
+    descended = gptq.descend(stack("weight"), together, stack("second"), added, 1, backend)
     on_reference = gptq.solve(stack("weight"), stack("scale"), fmt, scales, upper, order)
     for i, problem in enumerate(problems):
         check_values(problem, together.dequantize()[i], single[i].dequantize())
         check_values(problem, on_reference.dequantize()[i], problem.solved().dequantize())
-        values, scale = descend(kernels, problem, single[i], 2)
+        values, scale = descend(kernels, problem, single[i], 1)
         assert agreement(descended.dequantize()[i], values) >= 0.99
         assert agreement(descended.scale[i].view(torch.uint8), scale.view(torch.uint8)) >= 0.99
 

@@ -9,6 +9,10 @@ from problems import DIVISIONS, FLOORS, MODES, SHAPES, Mode, Shape, variants
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+# Of either format both kinds of tokens.
+ON_LARGE_WEIGHTS = [MODES[0], MODES[2], MODES[6], MODES[8]]
+
+
 @pytest.fixture(autouse=True)
 def device(kernels):
     """Tensors are made where the kernels run."""
@@ -50,9 +54,11 @@ def check(y, x, weight, bias, mode, g):
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.id)
-def test_linear(kernels, shape, mode):
+def test_linear(kernels, shape, mode, device):
     if shape.k % (mode.hadamard or 32):
         pytest.skip("the rotation does not divide K")
+    if device.type == "cpu" and shape.n * shape.k > 2**22 and mode not in ON_LARGE_WEIGHTS:
+        pytest.skip("so large a weight divides the work of a GPU, not a CPU's")
     x, weight, bias, g = make(shape, mode)
     prepared = kernels.prepare_weight(*weight)
     if shape.m % 2:
