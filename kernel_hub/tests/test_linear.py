@@ -372,11 +372,13 @@ def test_shared_activation_equals_linear(kernels):
         (2100, [144, 272], 128),
     ],
 )
-def test_linears(kernels, mode, m, rows, k):
+def test_linears(kernels, mode, m, rows, k, device):
     """Several linears in one call, whose blocks of rows end anywhere: each as by itself, the same bits twice, and a token's
     bits do not depend on the other tokens."""
     if k % (mode.hadamard or 32):
         pytest.skip("the rotation does not divide K")
+    if device.type == "cpu" and (m > 64 or sum(rows) > 6000 or mode not in ON_LARGE_WEIGHTS):
+        pytest.skip("on a CPU it is one linear after the other")
     parts = [make(Shape(m, n, k), mode, seed=n) for n in rows]
     x, g = parts[0][0], parts[0][3]
     weights = [kernels.prepare_weight(*weight) for _, weight, _, _ in parts]
