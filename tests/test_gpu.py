@@ -223,16 +223,24 @@ def test_compiled_weight_only_model(weight_only_model):
     assert relative_error(compiled_logits(weight_only_model, ids), expected) < 0.03
 
 
+GENERATE = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+
+
 def test_generate_with_a_static_cache(model):
-    """On a GPU, transformers compiles the decoding step for a static cache."""
+    """On a GPU, transformers compiles the decoding step for a static cache; the first token comes before it."""
     ids = tiny_tokens(2, 20).cuda()
     torch._dynamo.reset()
-    arguments = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    static = model.generate(ids, cache_implementation="static", **arguments)
+    static = model.generate(ids, cache_implementation="static", **GENERATE)
     assert static.shape == (2, 32)
-    assert torch.equal(static, model.generate(ids, cache_implementation="static", **arguments))
-    dynamic = model.generate(ids, **arguments)
-    assert torch.equal(static[:, :22], dynamic[:, :22])
+    assert torch.equal(static, model.generate(ids, cache_implementation="static", **GENERATE))
+    assert torch.equal(static[:, :21], model.generate(ids, **GENERATE)[:, :21])
+
+
+def test_a_compiled_step_decodes_as_an_eager_one(weight_only_model):
+    ids = tiny_tokens(2, 20).cuda()
+    torch._dynamo.reset()
+    static = weight_only_model.generate(ids, cache_implementation="static", **GENERATE)
+    assert torch.equal(static[:, :22], weight_only_model.generate(ids, **GENERATE)[:, :22])
 
 
 def test_a_captured_layer_reads_its_new_input(model):
