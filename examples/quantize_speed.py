@@ -5,6 +5,7 @@
     python examples/quantize_speed.py --recipe paper --format mxfp4 --json times.json
     python examples/quantize_speed.py --shape llama-70b --layers 2 --model-device cpu --total-only    # weights wait on the CPU
     python examples/quantize_speed.py --recipe rtn         # rounding while a checkpoint loads, beside loading it as it is
+    torchrun --nproc-per-node 2 examples/quantize_speed.py --layers 4    # two GPUs together; the first one's times
 
 Stages are timed with the device synchronised before and after, which costs a little overlap; the total is of a second run
 without that, unless `--stages-only`. What happens once, before the first block and at each kernel's first use, counts for
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_fp4 import MRGPTQConfig
@@ -187,6 +191,19 @@ def table(stages: dict[str, float], total: float, layers: int) -> str:
     return "\n".join(lines)
 
 
+def join_others() -> str | None:
+    """The GPU of this process of torchrun's, of which the first one prints; None without torchrun or a GPU."""
+    if "LOCAL_RANK" not in os.environ:
+        return None
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    return f"cuda:{torch.cuda.current_device()}" if on_gpu else None
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -211,6 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     runs.add_argument("--total-only", action="store_true", help="leave out the run with stages")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
+    args.device = join_others() or args.device
     args.model_device = args.model_device or args.device
     named = SHAPES.get(args.shape)
     shape = AutoConfig.from_pretrained(args.shape) if named is None else LlamaConfig(**named)
@@ -232,8 +250,10 @@ def main(arguments: list[str] | None = None) -> None:
         result["total"] = quantize(args, shape, None)
     shown = result.get("total") or result["staged"]
     print(", ".join(f"{key.replace('_', ' ')}: {value:.2f}" for key, value in shown.items()))
-    if args.json:
+    if args.json and not (dist.is_initialized() and dist.get_rank()):
         args.json.write_text(json.dumps(result, indent=1))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
