@@ -32,8 +32,15 @@ DAMP = 0.01
 
 @pytest.fixture(scope="module", params=["triton", "cpu", "cpu portable"])
 def kernels(request):
-    """Triton's source files, as a build's other files need a GPU to be of use; the CPU build."""
-    backend, _, isa = request.param.partition(" ")
+    """Triton's source files, as a build's other files need a GPU to be of use; the CPU build. A panel is two blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in loaded(request.param):
+            patch.setattr(importlib.import_module("._gptq", module.__package__), "PANEL", 256)
+            yield module
+
+
+def loaded(backend):
+    backend, _, isa = backend.partition(" ")
     if backend == "cpu":
         if DEVICE != "cpu" or "cpu" not in variant_paths():
             pytest.skip("needs the cpu variant, and no GPU")
