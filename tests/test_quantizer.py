@@ -384,6 +384,29 @@ def test_inputs_that_do_not_fit_are_computed_again(name, zoo, monkeypatch):
     assert all(torch.equal(expected[key], again[key]) for key in expected)
 
 
+@pytest.mark.parametrize("fields", [{}, {"activations": "bf16"}], ids=["w4a4", "w4a16"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "olmoe"])
+def test_what_led_to_a_known_input_is_not_computed_again(name, fields, zoo, monkeypatch):
+    """Forwards do not wait, but the input of the attention's last linear is kept: the same bytes, of as many attentions."""
+    attend, calls = nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: (calls.append(None), attend(*a, **k))[1],
+    )
+    expected = quantize(zoo(name), **fields).state_dict()
+    waiting = len(calls)
+    monkeypatch.setattr(driver, "_HELD", 1 << 40)
+    monkeypatch.setattr(driver, "_fits", lambda size, device: size < 1 << 40)
+    again = quantize(zoo(name), **fields).state_dict()
+    assert waiting and len(calls) == 2 * waiting
+    assert expected.keys() == again.keys()
+    assert all(torch.equal(expected[key], again[key]) for key in expected)
+    monkeypatch.setattr(driver, "_fits", lambda size, device: False)
+    quantize(zoo(name), **fields)
+    assert len(calls) > 4 * waiting
+
+
 def test_blocks_visit_the_calibration_device(zoo, monkeypatch):
     """One at a time, and each comes back; here the device is another name of the CPU."""
     expected = quantize(zoo("llama")).state_dict()

@@ -89,10 +89,11 @@ class ExpertsGroup(Group):
 
     def _samples(self, routed: Routed) -> list[tuple[torch.Tensor, torch.Tensor]]:
         found = sorted(routed.by_expert(), key=lambda where: where[1] - where[2])
-        busiest = [where for where in found if where[0] in self._of_expert][:ROTATION_EXPERTS]
+        busiest = [where for where in found if where[0] in self._of_expert]
+        alike = [w for w in busiest if len(self._of_expert[w[0]]) == len(self._of_expert[busiest[0][0]])]
         return [
             (spread(routed.of_rows(routed.tokens, start, stop), ROTATION_TOKENS), self._weight(expert))
-            for expert, start, stop in busiest
+            for expert, start, stop in alike[:ROTATION_EXPERTS]
             if stop - start > 1
         ]
 
