@@ -326,7 +326,10 @@ def upper_factors(
     pairs = zip(moments, orders, strict=True)
     inverses = [m.inverse if order is None else m.inverse[order[:, None], order] for m, order in pairs]
     batch = torch.stack(inverses) if len(inverses) > 1 else inverses[0][None]  # a large one is not copied
-    upper, failed = torch.linalg.cholesky_ex(batch, upper=True)
+    lower, failed = torch.linalg.cholesky_ex(
+        batch
+    )  # of symmetric ones; on a GPU the lower factor takes less time
+    upper = lower.mT
     if check:
         fine = ((failed == 0) & upper.isfinite().flatten(1).all(1)).tolist()
         if not all(fine):

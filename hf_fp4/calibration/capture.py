@@ -297,9 +297,9 @@ class _ProbeRecorder:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             length = len(output) if isinstance(output, tuple) else None
             first, *rest = output if isinstance(output, tuple) and output else (output,)
-            linear, _, version = self.given.get(id(first), (None, first, None))
-            fits = linear is not None and version == first._version and all(each is None for each in rest)
-            self.returned.setdefault((index, name), []).append((linear, length) if fits else None)
+            found = self.given.get(id(first))
+            fits = found is not None and found[2] == first._version and all(each is None for each in rest)
+            self.returned.setdefault((index, name), []).append((found[0], length) if found and fits else None)
 
         return hook
 

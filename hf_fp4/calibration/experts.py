@@ -103,7 +103,7 @@ class ExpertsGroup(Group):
         if original is not None:
             aimed = original.tokens if x.source is None else self._original_input(x, original)
         rotated = self._rotated(x.tokens)
-        self._note_maximum(x.tokens, rotated)
+        self._note_maximum(rotated)
         # Times the input scale, as in `Group.observe`.
         values = rotated if self._rule is None else self._quantized(x.tokens, rotated)
         routed = x if self._experts.layout.routed else _without_zeros(x, aimed)

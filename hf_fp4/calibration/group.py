@@ -160,7 +160,7 @@ class Group:
         if len(x) == 0:
             return
         rotated = self._rotated(x)
-        self._note_maximum(x, rotated)
+        self._note_maximum(rotated)
         if original is not None:
             original = self._aim(original)
         # Times the input scale, which is the same for all batches; `solve` divides by it.
@@ -176,14 +176,10 @@ class Group:
         self._aimed = (original, outputs)
         return torch.cat([y.flatten(0, -2) for y in outputs.values()], -1)
 
-    def _note_maximum(self, x: torch.Tensor, rotated: torch.Tensor) -> None:
-        """Of inputs, which must be finite."""
+    def _note_maximum(self, rotated: torch.Tensor) -> None:
+        """Of inputs; what is not finite stays so, and is refused by `_fix_input_scale`: asking now would wait for a GPU."""
         low, high = torch.aminmax(rotated)
-        absmax = torch.maximum(-low, high).float()
-        if not torch.isfinite(absmax):
-            require_finite(x, f"the input of {self._title}")
-            require_finite(rotated, f"the rotated input of {self._title}")
-        self._absmax = torch.maximum(self._absmax, absmax)
+        self._absmax = torch.maximum(self._absmax, torch.maximum(-low, high).float())
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         """In float32, or where kernels do it in bfloat16: then moments take a tensor core's time."""
@@ -276,9 +272,11 @@ class Group:
         return self._config.method != "rtn"
 
     def _fix_input_scale(self) -> None:
-        """Once the maximum of all inputs is known."""
+        """Once the maximum of all inputs is known, which must be finite."""
+        absmax = self._team.max_(self._absmax.nan_to_num(nan=torch.inf, posinf=torch.inf))
+        require_finite(absmax, f"the input of {self._title}, rotated (its largest magnitude)")
         if self._input_scale is not None:
-            self._input_scale = input_global_scale(self._team.max_(self._absmax))
+            self._input_scale = input_global_scale(absmax)
 
     def solve(self) -> dict[str, Outcome]:
         """Quantize the group's weights from what was observed; what became of each linear, by its name."""
@@ -368,7 +366,10 @@ class Group:
     def _forward_original(self, name: str, x: torch.Tensor) -> torch.Tensor:
         linear = self._linears[name]
         if linear.bias is None and self._aimed is not None and self._aimed[0] is x:  # observed just now
-            return self._aimed[1][name]
+            y = self._aimed[1].pop(name)
+            if not self._aimed[1]:
+                self._aimed = None
+            return y
         if self._product_dtype == self._dtype:
             return torch.nn.functional.linear(x, linear.weight, linear.bias)
         bias = None if linear.bias is None else linear.bias.to(self._product_dtype)
