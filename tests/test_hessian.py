@@ -11,6 +11,7 @@ from hf_fp4.hessian import (
     DampedMoments,
     OrderedFactor,
     SecondMoments,
+    _factor_in_place,
     damped_cholesky,
     damping,
 )
@@ -251,6 +252,19 @@ def test_one_factorization_gives_target_and_factor(features, ordered):
     assert (upper - expected).norm() <= 1e-3 * expected.norm()
 
 
+@pytest.mark.parametrize("rows", [16, 20, 48, 64])
+def test_a_matrix_is_factored_in_place_some_columns_at_a_time(rows):
+    second = moments_of(correlated_inputs(500), 0.01)
+    expected = torch.linalg.cholesky(second)
+    for matrix in (second.clone(), second.clone().mT):
+        assert _factor_in_place(matrix, rows) == 0
+        torch.testing.assert_close(matrix, expected)
+    for place in (3, K - 1):  # in the first part, and in the last
+        broken = second.clone()
+        broken[place, place] = -1.0
+        assert _factor_in_place(broken, rows) != 0
+
+
 def test_a_factor_in_order_takes_little_memory():
     """Beside the moments, which views of them make seen here: one matrix, and another while its triangle is turned around."""
     features = 1100
@@ -297,7 +311,9 @@ def streams(tokens=600):
 
 
 def corrected(weight, second, cross, strength, damp_percent):
-    return DampedMoments.of(second, damp_percent, "layer").correct_target(weight, cross, strength)
+    return OrderedFactor.of(second, None, damp_percent, "layer").correct_target(
+        weight, weight @ cross, strength
+    )
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.25, 0.5, 1.0])

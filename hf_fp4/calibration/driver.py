@@ -59,7 +59,7 @@ _HELD = 4
 _MOST_HELD = 1 << 30
 """Bytes that forwards of a stream may hold on a GPU while they wait, however much is free: else they run again."""
 
-_MOST_KNOWN = 7 << 29
+_MOST_KNOWN = 3 << 30
 """Bytes of inputs of linears that forwards on a GPU may keep of a block, so that what led there is not computed again."""
 
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
