@@ -6,7 +6,6 @@ asymmetric correction, the original model's.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -60,7 +59,7 @@ _MOST_HELD = 1 << 30
 """Bytes that forwards of a stream may hold on a GPU while they wait, however much is free: else they run again."""
 
 _MOST_KNOWN = 3 << 30
-"""Bytes of inputs of linears that forwards on a GPU may keep of a block, so that what led there is not computed again."""
+"""Bytes of inputs of linears that forwards may keep of a block, so that what led there is not computed again."""
 
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN's: it plans its attention anew in every thread, which takes long, and there are two threads per batch."""
@@ -196,8 +195,7 @@ class _Block:
         team: Team,
     ):
         self._module, self._name, self._index, self._config = module, name, index, config
-        alone = {names[0] for names in groups if len(names) == 1}
-        self._outlets = {name: outlet for name, outlet in outlets.items() if name in alone}
+        self._outlets = _last_outlets(groups, outlets)
         self._threads, self._team = threads, team
         self._groups = [group_of(module, name, names, config, team) for names in groups]
         self._device = block_device(module)
@@ -231,7 +229,7 @@ class _Block:
         with paused_forwards(self._module, entries, self._threads, self._outlets) as begin:
             quantized, original = [], []
             known: list[tuple[dict[str, Known], dict[str, Known]]] = [({}, {}) for _ in batches]
-            spare = _MOST_KNOWN if self._device.type == "cuda" else sys.maxsize
+            kept = 0
             for batch in batches:
                 call = batch.calls[self._index]
                 quantized.append(begin(batch.quantized, call, solved))
@@ -246,7 +244,7 @@ class _Block:
                     inputs = quantized[i].input_of(index), other.input_of(index) if other else None
                     group.observe(*inputs, tokens[i])
                     if not wait and index != last:
-                        spare -= self._keep(group.names[0], inputs, known[i], spare)
+                        kept += self._keep(group.names[0], inputs, known[i], kept)
                     del inputs
                     if other and index == last:  # it waits for no solve
                         if advance:
@@ -283,13 +281,16 @@ class _Block:
         name: str,
         inputs: tuple[torch.Tensor, torch.Tensor | None],
         known: tuple[dict[str, Known], dict[str, Known]],
-        spare: int,
+        kept: int,
     ) -> int:
-        """Add the inputs of the linear ``name`` to what both streams know; how many of the ``spare`` bytes that takes."""
+        """Add the inputs of the linear ``name`` to what both streams know, if that is wanted and fits; how many bytes those are.
+
+        kept: how many bytes the batches before take.
+        """
         if name not in self._outlets:
             return 0
         size = sum(x.nbytes for x in inputs if x is not None)
-        if size > spare or not _fits(size, self._device):
+        if kept + size > _MOST_KNOWN or not _fits(kept + size, self._device):
             return 0
         for each, x in zip(known, inputs, strict=True):
             if x is not None:
@@ -348,6 +349,17 @@ class _Block:
             layers[name].load_state_dict({k: t.to(device) for k, t in own.items()}, assign=True)
             layers[name].check(f"{self._name}.{name}")
         return layers
+
+
+def _last_outlets(groups: list[list[str]], outlets: dict[str, Outlet]) -> dict[str, Outlet]:
+    """Outlets of a linear that is a group by itself, and of whose part no later group is."""
+    found = {}
+    for index, names in enumerate(groups):
+        outlet = outlets.get(names[0]) if len(names) == 1 else None
+        later = (name for group in groups[index + 1 :] for name in group)
+        if outlet and not any(name.startswith(f"{outlet.module}.") for name in later):
+            found[names[0]] = outlet
+    return found
 
 
 def _progress(
