@@ -15,9 +15,6 @@ CACHED_ROWS = 512
 MAX_DAMPING_ATTEMPTS = 6
 """A failed Cholesky is tried again with ten times the damping, at most this often in all."""
 
-_FACTORED_ROWS = 2048
-"""Rows of a matrix on a GPU that are factored at once: of a larger one, its library takes several times the memory."""
-
 _SMALL_TRIANGLE = 1024
 """Rows of a triangular matrix that is inverted at once; a larger one is cut in four."""
 
@@ -192,11 +189,8 @@ def _damped_cholesky(
     for _ in range(MAX_DAMPING_ATTEMPTS):
         damped = copy().mT  # symmetric, and in the layout that is factored in place
         damped.diagonal().add_(added)
-        if damped.is_cuda and len(damped) > 2 * _FACTORED_ROWS:
-            failed = _factor_in_place(damped, _FACTORED_ROWS)
-        else:
-            failed = torch.empty((), dtype=torch.int32, device=damped.device)
-            torch.linalg.cholesky_ex(damped, out=(damped, failed))
+        failed = torch.empty((), dtype=torch.int32, device=damped.device)
+        torch.linalg.cholesky_ex(damped, out=(damped, failed))
         # What is not finite in a row is not finite in its diagonal either.
         if not failed and torch.isfinite(damped.diagonal()).all():
             return damped, added
@@ -206,22 +200,6 @@ def _damped_cholesky(
         f"the second moments of {name} are not positive definite even with damping {added / 10:.3g}; "
         "use more calibration text, a larger damp_percent, or add the layer to modules_to_not_convert"
     )
-
-
-def _factor_in_place(matrix: torch.Tensor, rows: int) -> torch.Tensor:
-    """The lower Cholesky factor of a symmetric matrix in its place, so many columns at a time; int32 [], not 0 if that failed."""
-    failed = torch.zeros((), dtype=torch.int32, device=matrix.device)
-    for start in range(0, len(matrix), rows):
-        stop = min(start + rows, len(matrix))
-        done, below = matrix[start:, :start], matrix[stop:, start:stop]
-        if start:
-            matrix[start:, start:stop].addmm_(done, done[: stop - start].mT, alpha=-1)
-        square, info = torch.linalg.cholesky_ex(matrix[start:stop, start:stop])
-        matrix[start:stop, start:stop] = square
-        below.copy_(torch.linalg.solve_triangular(square.mT, below, upper=True, left=False))
-        failed |= info
-    matrix.tril_()
-    return failed
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from hf_fp4.hessian import (
     DampedMoments,
     OrderedFactor,
     SecondMoments,
-    _factor_in_place,
     damped_cholesky,
     damping,
 )
@@ -250,19 +249,6 @@ def test_one_factorization_gives_target_and_factor(features, ordered):
     damped = (second + ridge)[order[:, None], order]
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     assert (upper - expected).norm() <= 1e-3 * expected.norm()
-
-
-@pytest.mark.parametrize("rows", [16, 20, 48, 64])
-def test_a_matrix_is_factored_in_place_some_columns_at_a_time(rows):
-    second = moments_of(correlated_inputs(500), 0.01)
-    expected = torch.linalg.cholesky(second)
-    for matrix in (second.clone(), second.clone().mT):
-        assert _factor_in_place(matrix, rows) == 0
-        torch.testing.assert_close(matrix, expected)
-    for place in (3, K - 1):  # in the first part, and in the last
-        broken = second.clone()
-        broken[place, place] = -1.0
-        assert _factor_in_place(broken, rows) != 0
 
 
 def test_a_factor_in_order_takes_little_memory():

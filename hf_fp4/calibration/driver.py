@@ -58,7 +58,7 @@ _HELD = 4
 _MOST_HELD = 1 << 30
 """Bytes that forwards of a stream may hold on a GPU while they wait, however much is free: else they run again."""
 
-_MOST_KNOWN = 3 << 30
+_MOST_KNOWN = 5 << 29
 """Bytes of inputs of linears that forwards may keep of a block, so that what led there is not computed again."""
 
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
