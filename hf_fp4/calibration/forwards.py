@@ -4,8 +4,8 @@ A group is solved on the inputs of all batches, and what follows it in the block
 So each batch's forward waits, in a thread of its own, until the caller lets it go on. One thread runs at a time. The threads
 serve block after block: what CUDA's libraries prepare for each thread is prepared once.
 
-A forward that waits holds all that its block has computed. Where that is too much, it is given up and another one begins, which
-need not compute the parts of the block of which the last linear's input is known.
+A forward that waits holds all that its block has computed. Where that is too much, it is given up and another one begins,
+which need not compute those parts of the block whose last linear's input is known.
 """
 
 from __future__ import annotations
