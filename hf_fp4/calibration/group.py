@@ -105,6 +105,11 @@ class Group:
         return 2 * self._rows <= self._linears[self.names[0]].in_features
 
     @property
+    def _gives_outputs(self) -> bool:
+        """Whether those outputs are the original stream's own; float16 ones are not: here they are added up in float32."""
+        return self._aims_by_outputs and self._linears[self.names[0]].weight.dtype == self._dtype
+
+    @property
     def entries(self) -> list[str]:
         """Names of the modules whose calls bring the group's input, relative to the block."""
         return self.names
@@ -173,7 +178,8 @@ class Group:
         outputs = {
             name: self._product(original, linear.weight.detach()) for name, linear in self._linears.items()
         }
-        self._aimed = (original, outputs)
+        if self._gives_outputs:
+            self._aimed = (original, outputs)
         return torch.cat([y.flatten(0, -2) for y in outputs.values()], -1)
 
     def _note_maximum(self, rotated: torch.Tensor) -> None:
@@ -359,7 +365,7 @@ class Group:
 
     def original(self) -> dict[str, Callable[[Any], torch.Tensor]]:
         """Per linear a function that computes what it does in less time; none where its own forward is as fast."""
-        if self._product_dtype == self._dtype and not self._aims_by_outputs:
+        if self._product_dtype == self._dtype and not self._gives_outputs:
             return {}
         return {name: partial(self._forward_original, name) for name in self._linears}
 
