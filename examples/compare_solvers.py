@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hf_fp4 import MRGPTQConfig
 from hf_fp4.backends import select
 from hf_fp4.gptq import activation_order, descend, output_power, round_weight, solve
-from hf_fp4.hessian import DampedMoments
+from hf_fp4.hessian import OrderedFactor
 from hf_fp4.scales import weight_global_scale, weight_scales
 
 LLAMA_8B = ["4096x4096", "6144x4096", "28672x4096", "4096x14336"]
@@ -44,11 +44,11 @@ def ours(config: MRGPTQConfig, device: torch.device) -> Solver:
         scale = weight_scales(weight, fmt, config.weight_rule, divisor, second.diagonal())
         if config.method == "rtn":
             return round_weight(weight, scale, fmt, divisor).dequantize()
-        damped = DampedMoments.of(second, config.damp_percent, "the matrix")
         order = activation_order(second)
-        rounded = solve(weight, scale, fmt, divisor, damped.upper(order), order, kernels)
+        factor = OrderedFactor.of(second, order, config.damp_percent, "the matrix")
+        rounded = solve(weight, scale, fmt, divisor, factor.upper(), order, kernels)
         if config.descent_passes:
-            rounded = descend(weight, rounded, second, damped.added, config.descent_passes, kernels)
+            rounded = descend(weight, rounded, second, factor.added, config.descent_passes, kernels)
         return rounded.dequantize()
 
     return run

@@ -95,8 +95,7 @@ def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
 
 def decode_e2m1(codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """uint8 codes (0..15) -> values in ``dtype`` (exact in every float dtype of 16 bits or more)."""
-    table = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), dtype=dtype, device=codes.device)
-    return table[codes.int()]
+    return _value_table(dtype, codes.device)[codes.int()]
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -134,6 +133,13 @@ def dequantize_blocks(
     spread = _scale_table(fmt, dtype, packed.device)[:, None].expand(256, fmt.group_size).contiguous()
     scales = torch.nn.functional.embedding(scale.view(torch.uint8).int(), spread)
     return pairs.view(dtype).view(rows, 2 * half).mul_(scales.view(rows, 2 * half))
+
+
+@cache
+@torch.inference_mode(False)  # cached, so it may meet autograd later
+def _value_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The values of the codes 0..15; cached, since a copy to a GPU waits for all that runs there."""
+    return torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), dtype=dtype, device=device)
 
 
 @cache

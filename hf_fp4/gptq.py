@@ -110,7 +110,7 @@ def solve(
         scale: stored block scales [N, K/group_size], fixed beforehand, in the weight's own column order.
         fmt: the format.
         global_scale: the NVFP4 divisor, float32 [1]; None for MXFP4.
-        upper: ``U`` of `hessian.DampedMoments.upper` [K, K], in the order ``order``.
+        upper: ``U`` of `hessian.OrderedFactor.upper` [K, K], in the order ``order``.
         order: int64 [K], the columns in the order in which they are solved (activation order); None: as they are.
         kernels: what runs the loop over the columns on the weight's device.
 
@@ -172,7 +172,7 @@ def descend(
         weight: float32 [N, K], rotated: the target of the solve.
         quantized: what `solve` made of it.
         second: ``S`` [K, K]; damped in place meanwhile.
-        added: ``d``, as `hessian.DampedMoments` has it.
+        added: ``d``, as `hessian.OrderedFactor` has it.
         passes: how often all groups are visited.
         kernels: what does it on the weight's device.
     """

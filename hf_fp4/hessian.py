@@ -220,21 +220,6 @@ class DampedMoments:
         lower, added = damped_cholesky(second, damp_percent, name)
         return cls(second, added, torch.cholesky_inverse(lower), name)
 
-    @classmethod
-    def stack(cls, second: torch.Tensor, damp_percent: float, names: list[str]) -> list[DampedMoments]:
-        """`of` for each of ``second`` [E, K, K], factored as one batch; those that need more damping get it one by one."""
-        added = [damping(each, damp_percent) for each in second]
-        damped = second.clone()
-        damped.diagonal(dim1=1, dim2=2).add_(torch.tensor(added, device=second.device)[:, None])
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        fine = (failed == 0) & lower.isfinite().flatten(1).all(1)
-        lower[~fine] = torch.eye(lower.shape[-1], device=lower.device)
-        inverse = torch.cholesky_inverse(lower)
-        return [
-            cls(each, d, i, name) if ok else cls.of(each, damp_percent, name)
-            for each, d, i, name, ok in zip(second, added, inverse, names, fine.tolist(), strict=True)
-        ]
-
     def rotated(self, size: int | None) -> DampedMoments:
         """Those of inputs rotated by ``size``; no new factorization, since a rotation commutes with the damping."""
         second, inverse = (rotate(rotate(m, size).T, size) for m in (self.second, self.inverse))
@@ -245,27 +230,13 @@ class DampedMoments:
 
         Without ``check`` a failure is not noticed, and nothing waits for the GPU.
         """
-        return upper_factors([self], [order], check=check)[0]
-
-    def correct_target(self, weight: torch.Tensor, cross: torch.Tensor, strength: float) -> torch.Tensor:
-        """The weight that, on the quantized stream's inputs, best gives what ``weight`` gives on the original stream's.
-
-        ``(1 - a) W + a W (C + d I)(S + d I)^-1``: least squares, the idea of GPTAQ (arXiv 2504.02692) and Qronos
-        (arXiv 2505.11695).
-
-        Args:
-            weight: float32 [N, K], rotated.
-            cross: ``C`` [K, K], rows of the original stream; ``S`` is the quantized stream's.
-            strength: ``a`` in [0, 1].
-
-        Returns:
-            float32 [N, K].
-        """
-        wanted = weight @ cross + self.added * weight
-        corrected = wanted @ self.inverse
-        # One step of refinement: an explicit inverse alone loses half the digits that a solve would keep.
-        missing = wanted - corrected @ self.second - self.added * corrected
-        return torch.lerp(weight, corrected.addmm_(missing, self.inverse), strength)
+        inverse = self.inverse if order is None else self.inverse[order[:, None], order]
+        lower, failed = torch.linalg.cholesky_ex(inverse)  # on a GPU this takes less time than the upper one
+        if check and (failed or not torch.isfinite(lower).all()):
+            raise RuntimeError(
+                f"the inverse second moments of {self.name} could not be factored; use a larger damp_percent"
+            )
+        return lower.mT
 
 
 class OrderedFactor:
@@ -273,9 +244,11 @@ class OrderedFactor:
 
     Of ``A = S + d I``, columns in the reverse order, ``A = L L^T``; then ``U`` is ``L^-1`` with rows and columns reversed. So one
     factorization and one inverse of a triangle, both in the memory of one matrix, give what `DampedMoments` takes three for.
+
+    Or those of a stack of E: then all matrices have E in front, and ``added`` is float32 [E].
     """
 
-    def __init__(self, lower: torch.Tensor, added: float, reverse: torch.Tensor):
+    def __init__(self, lower: torch.Tensor, added: float | torch.Tensor, reverse: torch.Tensor):
         self._lower, self.added, self._reverse = lower, added, reverse
 
     @classmethod
@@ -283,55 +256,94 @@ class OrderedFactor:
         cls, second: torch.Tensor, order: torch.Tensor | None, damp_percent: float, name: str
     ) -> OrderedFactor:
         """Arguments and errors as `damped_cholesky`; order: of the columns in the solve, int64 [K]; None: as they are."""
-        order = torch.arange(len(second), device=second.device) if order is None else order
-        reverse = order.flip(0)
-        lower, added = _damped_cholesky(second, lambda: second[reverse[:, None], reverse], damp_percent, name)
+        reverse = _reverse(order, second)
+        lower, added = _damped_cholesky(second, lambda: _permuted(second, reverse), damp_percent, name)
         return cls(lower, added, reverse)
 
+    @classmethod
+    def stack(
+        cls, second: torch.Tensor, order: torch.Tensor | None, damp_percent: float, names: Sequence[str]
+    ) -> OrderedFactor:
+        """`of` for each of ``second`` [E, K, K] and ``order`` [E, K], factored as one batch.
+
+        Those that need more damping get it one by one.
+        """
+        orders: Sequence[torch.Tensor | None] = [None] * len(second) if order is None else list(order)
+        reverse = torch.stack([_reverse(*pair) for pair in zip(orders, second, strict=True)])
+        added = torch.tensor([damping(each, damp_percent) for each in second], device=second.device)
+        damped = torch.stack([_permuted(*pair) for pair in zip(second, reverse, strict=True)])
+        damped.diagonal(dim1=1, dim2=2).add_(added[:, None])
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        fine = (failed == 0) & lower.diagonal(dim1=1, dim2=2).isfinite().all(1)
+        for i in (~fine).nonzero().flatten().tolist():
+            single = cls.of(second[i], orders[i], damp_percent, names[i])
+            lower[i], added[i] = single._lower, single.added
+        return cls(lower, added, reverse)
+
+    def part(self, rows: slice) -> OrderedFactor:
+        """Some of a stack."""
+        assert isinstance(self.added, torch.Tensor)
+        return OrderedFactor(self._lower[rows], self.added[rows], self._reverse[rows])
+
     def correct_target(self, weight: torch.Tensor, wanted: torch.Tensor, strength: float) -> torch.Tensor:
-        """As `DampedMoments.correct_target`, with ``wanted = W C`` [N, K], whose memory is used."""
-        wanted = wanted.add_(weight, alpha=self.added)[:, self._reverse]
+        """The weight that, on the quantized stream's inputs, best gives what ``weight`` gives on the original stream's.
+
+        ``(1 - a) W + a W (C + d I)(S + d I)^-1``: least squares, the idea of GPTAQ (arXiv 2504.02692) and Qronos
+        (arXiv 2505.11695).
+
+        Args:
+            weight: float32 [N, K], rotated.
+            wanted: ``W C`` [N, K], whose memory is used; ``C`` [K, K] has rows of the original stream, ``S`` is the quantized
+                stream's.
+            strength: ``a`` in [0, 1].
+
+        Returns:
+            float32 [N, K].
+        """
+        if isinstance(self.added, float):
+            wanted.add_(weight, alpha=self.added)
+        else:
+            wanted.add_(weight * self.added[:, None, None])
+        wanted = _columns_at(wanted, self._reverse)
         wanted = torch.linalg.solve_triangular(self._lower.mT, wanted, upper=True, left=False)
         wanted = torch.linalg.solve_triangular(self._lower, wanted, upper=False, left=False)
-        return torch.lerp(weight, wanted[:, self._reverse.argsort()], strength)
+        return torch.lerp(weight, _columns_at(wanted, self._reverse.argsort()), strength)
 
     def upper(self) -> torch.Tensor:
         """As `DampedMoments.upper`, in the order that the factor was made for; the factor is lost, so ask last and once."""
         lower = self._lower
         del self._lower
         _invert_lower(lower)
-        reversed_ = lower.flip(0, 1)
+        reversed_ = lower.flip(-2, -1)
         del lower
         return reversed_.contiguous()
 
 
+def _reverse(order: torch.Tensor | None, second: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(second), device=second.device).flip(0) if order is None else order.flip(0)
+
+
+def _permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return matrix[order[:, None], order]
+
+
+def _columns_at(matrix: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Columns of a matrix in the order ``places`` [K]; each of a stack in its own, [E, K]."""
+    if places.dim() == 1:
+        return matrix[:, places]
+    return matrix.gather(-1, places[:, None].expand_as(matrix))
+
+
 def _invert_lower(lower: torch.Tensor) -> None:
-    """Invert a lower triangular matrix in place, most of it in products of large matrices."""
-    size = len(lower)
+    """Invert a lower triangular matrix, or each of a stack, in place, most of it in products of large matrices."""
+    size = lower.shape[-1]
     if size <= _SMALL_TRIANGLE:
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
         lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
         return
     half = size // 2
-    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    first, below, last = lower[..., :half, :half], lower[..., half:, :half], lower[..., half:, half:]
     _invert_lower(first)
     _invert_lower(last)
-    below.addmm_(last @ below, first, beta=0, alpha=-1)
-
-
-def upper_factors(
-    moments: Sequence[DampedMoments], orders: Sequence[torch.Tensor | None], *, check: bool = True
-) -> list[torch.Tensor]:
-    """`DampedMoments.upper` of each, factored as one batch."""
-    pairs = zip(moments, orders, strict=True)
-    inverses = [m.inverse if order is None else m.inverse[order[:, None], order] for m, order in pairs]
-    batch = torch.stack(inverses) if len(inverses) > 1 else inverses[0][None]  # a large one is not copied
-    upper, failed = torch.linalg.cholesky_ex(batch, upper=True)
-    if check:
-        fine = ((failed == 0) & upper.isfinite().flatten(1).all(1)).tolist()
-        if not all(fine):
-            raise RuntimeError(
-                f"the inverse second moments of {moments[fine.index(False)].name} could not be factored; use a larger "
-                "damp_percent"
-            )
-    return list(upper)
+    multiply = below.addmm_ if below.dim() == 2 else below.baddbmm_
+    multiply(last @ below, first, beta=0, alpha=-1)

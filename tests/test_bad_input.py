@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from transformers.utils import logging
 
 from hf_fp4 import MRGPTQConfig
+from hf_fp4.calibration.group import Group
 
 TOKENS = list(tiny_tokens(4, 16))
 SIZES = {"num_samples": 4, "sequence_length": 16, "batch_size": 2}
@@ -70,6 +71,25 @@ def test_activations_that_are_not_finite_name_their_layer(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"finite values in the input of model\.layers\.1\.mlp\.gate_proj"):
         quantize(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
+def test_activations_of_a_later_batch_that_are_not_finite_name_their_layer(fmt, value, tmp_path, monkeypatch):
+    tiny_model("llama").save_pretrained(tmp_path)
+    observe, seen = Group.observe, []
+
+    def broken(self, x, original, tokens):
+        seen.append(self)
+        if seen.count(self) == 2 and self.names == ["self_attn.o_proj"]:
+            x[-1, -1, -1] = value
+        observe(self, x, original, tokens)
+
+    monkeypatch.setattr(Group, "observe", broken)
+    with pytest.raises(
+        ValueError, match=r"finite values in the input of model\.layers\.0\.self_attn\.o_proj"
+    ):
+        quantize(tmp_path, format=fmt)
 
 
 def test_embeddings_that_are_not_finite_name_where_they_arrive(tmp_path):

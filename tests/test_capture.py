@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_fp4.calibration.capture import (
     BlockCall,
+    Outlet,
     block_device,
     capture_block_inputs,
     find_blocks,
@@ -463,6 +464,33 @@ def test_linear_called_twice_is_skipped():
     assert plan.groups == [*LLAMA_GROUPS[:2], ["mlp.down_proj"]]
     assert plan.skipped["mlp.gate_proj"] == "it is called 2 times in one forward"
     assert plan.skipped["mlp.up_proj"].startswith("it is not called in the probe")
+
+
+OUTLETS = {
+    "llama": {"self_attn.o_proj": Outlet("self_attn", 2), "mlp.down_proj": Outlet("mlp", None)},
+    "gpt_neox": {"attention.dense": Outlet("attention", 2), "mlp.dense_4h_to_h": Outlet("mlp", None)},
+    "opt": {"self_attn.out_proj": Outlet("self_attn", 2)},
+    "olmoe": {"self_attn.o_proj": Outlet("self_attn", 2)},
+}
+
+
+@pytest.mark.parametrize("family", OUTLETS)
+def test_parts_that_return_what_their_last_linear_gives(family):
+    _, _, plans = planned(family)
+    assert all(plan.outlets == OUTLETS[family] for plan in plans)
+
+
+@pytest.mark.parametrize("change", [lambda y: y + 0, lambda y: y.mul_(1)], ids=["another", "changed"])
+def test_parts_that_return_another_tensor_are_no_outlets(change):
+    plan = probe_with_mlp(lambda mlp, x: change(mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))))
+    assert list(plan.outlets) == ["self_attn.o_proj"]
+
+
+def test_parts_that_return_something_more_are_no_outlets():
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")  # which returns the attention's weights
+    plan = probe(model, find_blocks(model), tiny_tokens())[0]
+    assert list(plan.outlets) == ["mlp.down_proj"]
 
 
 def test_linear_whose_weight_is_read_directly_is_skipped():

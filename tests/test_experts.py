@@ -7,7 +7,6 @@ import copy
 import importlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import fake_kernels
 import pytest
@@ -34,7 +33,7 @@ from hf_fp4.calibration import driver
 from hf_fp4.calibration import experts as calibration
 from hf_fp4.calibration.experts import ExpertsGroup
 from hf_fp4.formats import FP4Format
-from hf_fp4.hessian import DampedMoments, SecondMoments, blended, upper_factors
+from hf_fp4.hessian import OrderedFactor, SecondMoments, blended
 from hf_fp4.layers.experts import (
     Routed,
     conversions_of_linears,
@@ -399,23 +398,30 @@ def test_missing_tokens_count_as_average_ones(tokens, share):
     torch.testing.assert_close(cross, expected[1] / 4)
 
 
-def test_a_batch_of_factors_is_each_by_itself():
-    seconds = torch.stack([(x := torch.randn(n, 24)).T @ x / n for n in (100, 24, 3)])
-    singular = torch.zeros(1, 24, 24)
-    singular[0, 0, 0] = -1.0  # only a larger damping helps
-    seconds = torch.cat([seconds, singular])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_stack_of_factors_is_each_by_itself(ordered):
+    second = torch.stack([(x := torch.randn(n, 24)).T @ x / n for n in (100, 24, 3)] + [torch.zeros(24, 24)])
+    second[3, 0, 0] = -1.0  # only a larger damping helps
     names = list("abcd")
-    for stacked, second, name in zip(DampedMoments.stack(seconds, 0.01, names), seconds, names, strict=True):
-        single = DampedMoments.of(second, 0.01, name)
-        assert (stacked.added, stacked.name) == (single.added, name)
-        torch.testing.assert_close(stacked.inverse, single.inverse)
-    moments = DampedMoments.stack(seconds[:3], 0.01, names[:3])
-    orders = [None, torch.randperm(24), torch.arange(24).flip(0)]
-    for each, order, upper in zip(moments, orders, upper_factors(moments, orders), strict=True):
-        torch.testing.assert_close(upper, each.upper(order))
-    broken = SimpleNamespace(inverse=-torch.eye(24), name="model.layers.2.mlp.experts.7.up_proj")
-    with pytest.raises(RuntimeError, match=r"experts\.7\.up_proj could not be factored; use a larger"):
-        upper_factors([moments[0], broken], [None, None])
+    order = torch.stack([torch.randperm(24) for _ in names]) if ordered else None
+    weight, cross = torch.randn(4, 5, 24), torch.randn(4, 24, 24)
+    stack = OrderedFactor.stack(second, order, 0.01, names)
+    singles = [
+        OrderedFactor.of(each, None if order is None else order[i], 0.01, names[i])
+        for i, each in enumerate(second)
+    ]
+    torch.testing.assert_close(stack.added, torch.tensor([single.added for single in singles]))
+    corrected = stack.correct_target(weight, weight @ cross, 0.5)
+    for i, single in enumerate(singles):
+        alone = single.correct_target(weight[i], weight[i] @ cross[i], 0.5)
+        torch.testing.assert_close(corrected[i], alone, rtol=1e-4, atol=1e-4)
+    upper = stack.part(slice(1, 4)).upper()
+    assert torch.equal(upper, upper.triu())
+    for each, single in zip(upper, singles[1:], strict=True):
+        torch.testing.assert_close(each, single.upper(), rtol=1e-4, atol=1e-4)
+    second[2, 3, 3] = torch.nan
+    with pytest.raises(RuntimeError, match="second moments of c are not positive definite"):
+        OrderedFactor.stack(second, order, 0.01, names)
 
 
 def starve(directory: Path, target: Path) -> None:

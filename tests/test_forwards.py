@@ -14,8 +14,8 @@ from model_zoo import linear_names, tiny_tokens
 from test_capture import GROUPS, LLAMA_GROUPS, changed_modules, inputs_of, outputs_of, planned
 from torch import nn
 
-from hf_fp4.calibration.capture import BlockCall, capture_block_inputs, run_block
-from hf_fp4.calibration.forwards import paused_forwards
+from hf_fp4.calibration.capture import BlockCall, Outlet, capture_block_inputs, run_block
+from hf_fp4.calibration.forwards import Known, paused_forwards
 
 
 @contextmanager
@@ -79,6 +79,41 @@ def test_functions_given_while_it_waits_reach_what_follows():
         assert torch.equal(forward.input_of(1), 2 * plain)
         output = forward.output()
     assert torch.equal(output, run_block(block, inputs.hidden, call, doubled))
+
+
+def test_what_a_part_gives_is_computed_of_its_last_input_once():
+    model, block, groups, ((ids, inputs),) = first_block("llama")
+    expected, output = inputs_of(model, block.mlp.gate_proj, ids), outputs_of(model, block, ids)
+    called: list[str] = []
+    hook = block.self_attn.q_proj.register_forward_hook(lambda *_: called.append("q_proj"))
+
+    def last(x):
+        called.append("o_proj")
+        return nn.functional.linear(x, block.self_attn.o_proj.weight)
+
+    functions = {"self_attn.o_proj": last}
+    outlets = {"self_attn.o_proj": Outlet("self_attn", 2)}
+    with (
+        ThreadPoolExecutor(2) as threads,
+        paused_forwards(block, groups, threads, outlets) as start,
+    ):
+        first = start(inputs.hidden, inputs.calls[0], functions)
+        known = {"self_attn.o_proj": Known(first.input_of(1))}
+        first.abandon()
+        assert called == ["q_proj"]
+        for _ in range(2):
+            again = start(inputs.hidden, inputs.calls[0], functions, known)
+            assert torch.equal(again.input_of(2), expected)
+            assert torch.equal(again.output(), output)
+    assert called == ["q_proj", "o_proj"]
+    hook.remove()
+    assert changed_modules(model) == []
+
+
+def test_a_block_may_write_to_what_a_known_linear_gives():
+    known = Known(torch.ones(3))
+    for _ in range(2):
+        assert torch.equal(known.output(lambda x: 2 * x).add_(1), torch.full((3,), 3.0))
 
 
 def test_a_group_that_is_not_called_has_no_tokens():

@@ -299,7 +299,9 @@ def streams(tokens=600):
 
 
 def corrected(weight, second, cross, strength, damp_percent):
-    return DampedMoments.of(second, damp_percent, "layer").correct_target(weight, cross, strength)
+    return OrderedFactor.of(second, None, damp_percent, "layer").correct_target(
+        weight, weight @ cross, strength
+    )
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.25, 0.5, 1.0])

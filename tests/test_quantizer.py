@@ -30,6 +30,7 @@ from transformers import (
 import hf_fp4
 from hf_fp4 import FP4Linear, MRGPTQConfig
 from hf_fp4.calibration import driver, forwards
+from hf_fp4.calibration.capture import Outlet
 from hf_fp4.calibration.group import Group
 from hf_fp4.formats import FP4Format
 from hf_fp4.gptq import round_weight
@@ -384,6 +385,59 @@ def test_inputs_that_do_not_fit_are_computed_again(name, zoo, monkeypatch):
     assert set(alive) == {1}
     assert expected.keys() == again.keys()
     assert all(torch.equal(expected[key], again[key]) for key in expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"activations": "bf16"}], ids=["w4a4", "w4a16"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "olmoe"])
+def test_what_led_to_a_known_input_is_not_computed_again(name, fields, zoo, monkeypatch):
+    """Forwards do not wait, but the input of the attention's last linear is kept: the same bytes, of as many attentions."""
+    attend, calls = nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: (calls.append(None), attend(*a, **k))[1],
+    )
+    expected = quantize(zoo(name), **fields).state_dict()
+    waiting = len(calls)
+    monkeypatch.setattr(driver, "_HELD", 1 << 40)
+    monkeypatch.setattr(driver, "_fits", lambda size, device: size < 1 << 40)
+    again = quantize(zoo(name), **fields).state_dict()
+    assert waiting and len(calls) == 2 * waiting
+    assert expected.keys() == again.keys()
+    assert all(torch.equal(expected[key], again[key]) for key in expected)
+    monkeypatch.setattr(driver, "_fits", lambda size, device: False)
+    quantize(zoo(name), **fields)
+    assert len(calls) > 4 * waiting
+
+
+def test_no_more_is_kept_than_is_allowed(zoo, monkeypatch):
+    """Of two batches one, and of the other the attention runs again."""
+    attend, calls = nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: (calls.append(None), attend(*a, **k))[1],
+    )
+    monkeypatch.setattr(driver, "_HELD", 1 << 40)
+    monkeypatch.setattr(driver, "_fits", lambda size, device: size < 1 << 40)
+    sizes = []
+    real = driver._Block._keep
+    monkeypatch.setattr(driver._Block, "_keep", lambda self, *a: (sizes.append(real(self, *a)), sizes[-1])[1])
+    first = quantize(zoo("llama")).state_dict()
+    all_kept, size = len(calls), max(sizes)
+    assert sizes.count(size) > 2
+    calls.clear(), sizes.clear()
+    monkeypatch.setattr(driver, "_MOST_KNOWN", 2 * size - 1)
+    second = quantize(zoo("llama")).state_dict()
+    assert sizes.count(size) == 2 and len(calls) > all_kept  # one for each block
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_linears_of_a_part_that_is_asked_for_later_too_are_no_last_outlets():
+    outlets = {"attn.out": Outlet("attn", None), "mlp.down": Outlet("mlp", None)}
+    assert driver._last_outlets([["attn.q"], ["attn.out"], ["mlp.up"], ["mlp.down"]], outlets) == outlets
+    groups = [["attn.out"], ["attn.gate"], ["mlp.up", "mlp.down"]]
+    assert driver._last_outlets(groups, outlets) == {}
 
 
 def test_blocks_visit_the_calibration_device(zoo, monkeypatch):

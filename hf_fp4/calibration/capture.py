@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,17 +38,34 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Outlet:
+    """A part of a block (a name relative to it) that returns what its last linear gives, and nothing else.
+
+    `length`: of the tuple that it returns, of which the rest is None; None when it returns the tensor.
+    """
+
+    module: str
+    length: int | None
+
+    def wrap(self, y: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+        """What the module returns when its last linear gives `y`."""
+        return y if self.length is None else (y, *[None] * (self.length - 1))
+
+
+@dataclass(frozen=True)
 class BlockPlan:
     """What one forward of a block showed.
 
     `groups`: linears (names relative to the block) by shared input, in the order in which they are first called.
     `output_length`: length of the tuple that the block returns, None when it returns a tensor.
     `skipped`: linears that cannot be calibrated, with the reason.
+    `outlets`: of the linears that are the last of a part of the block, that part.
     """
 
     groups: list[list[str]]
     output_length: int | None
     skipped: dict[str, str]
+    outlets: dict[str, Outlet] = field(default_factory=dict)
 
     @property
     def output_is_tuple(self) -> bool:
@@ -220,6 +237,10 @@ class _ProbeRecorder:
         self.linear_calls: dict[int, list[_LinearCall]] = {}
         self.owners: dict[int, list[tuple[int, str]]] = {}
         self.linears: dict[int, nn.Linear | FP4Experts] = {}
+        self.given: dict[int, tuple[int, Tensor, int]] = {}
+        """By what a linear of the running block gave: the linear, the tensor, its version."""
+        self.returned: dict[tuple[int, str], list[tuple[int, int | None] | None]] = {}
+        """By block and name of a part of it, for each call: the linear whose result it returned, and its tuple's length."""
         for index, block in enumerate(blocks.modules):
             experts = ""
             for name, module in block.named_modules(remove_duplicate=False):
@@ -237,8 +258,12 @@ class _ProbeRecorder:
             for index, block in enumerate(self.blocks.modules):
                 handles.append(block.register_forward_pre_hook(self._enter(index), with_kwargs=True))
                 handles.append(block.register_forward_hook(self._leave))
+                for name, child in block.named_children():
+                    handles.append(child.register_forward_hook(self._part(index, name)))
             for linear in self.linears.values():
                 handles.append(linear.register_forward_pre_hook(self._linear, with_kwargs=True))
+                # Before the hook of a part that is a linear itself.
+                handles.append(linear.register_forward_hook(self._give, prepend=True))
             yield
         finally:
             for handle in handles:
@@ -257,11 +282,35 @@ class _ProbeRecorder:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.outputs.append(output)
         self.running = None
+        self.given.clear()
 
     def _linear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         call = _LinearCall(self.running, x, x._version)
         self.linear_calls.setdefault(id(module), []).append(call)
+
+    def _give(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            self.given[id(output)] = (id(module), output, output._version)
+
+    def _part(self, index: int, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            length = len(output) if isinstance(output, tuple) else None
+            first, *rest = output if isinstance(output, tuple) and output else (output,)
+            found = self.given.get(id(first))
+            fits = found is not None and found[2] == first._version and all(each is None for each in rest)
+            self.returned.setdefault((index, name), []).append((found[0], length) if found and fits else None)
+
+        return hook
+
+    def _outlets(self, index: int, names: dict[int, str]) -> dict[str, Outlet]:
+        found = {}
+        for (block, part), calls in self.returned.items():
+            if block == index and len(calls) == 1 and calls[0] is not None:
+                linear, length = calls[0]
+                if names.get(linear, "").startswith(f"{part}."):
+                    found[names[linear]] = Outlet(part, length)
+        return found
 
     def check_order(self) -> None:
         names = self.blocks.names
@@ -298,7 +347,8 @@ class _ProbeRecorder:
             else:
                 groups.setdefault(_identity_of(calls[0]), []).append(names[key])
         output = self.outputs[index]
-        return BlockPlan(list(groups.values()), None if isinstance(output, Tensor) else len(output), skipped)
+        length = None if isinstance(output, Tensor) else len(output)
+        return BlockPlan(list(groups.values()), length, skipped, self._outlets(index, names))
 
     def _linears_of(self, key: int, name: str, projection: str | None = None) -> list[str]:
         """Names of the linears of experts, of one projection or of all; of a linear its own."""

@@ -33,6 +33,7 @@ from .capture import (
     BlockCall,
     BlockPlan,
     Blocks,
+    Outlet,
     block_device,
     capture_block_inputs,
     find_blocks,
@@ -44,7 +45,7 @@ from .checkpoint import WorkDir, recipe, weights_fingerprint
 from .data import CalibrationData
 from .equalize import equalize, set_parameters
 from .experts import group_of
-from .forwards import paused_forwards
+from .forwards import Known, paused_forwards
 from .group import new_layer
 from .offload import bring_to_memory, named_parameters, return_freed_memory, waits_on_disk
 from .team import Team
@@ -56,6 +57,9 @@ _HELD = 4
 
 _MOST_HELD = 1 << 30
 """Bytes that forwards of a stream may hold on a GPU while they wait, however much is free: else they run again."""
+
+_MOST_KNOWN = 5 << 29
+"""Bytes of inputs of linears that forwards may keep of a block, so that what led there is not computed again."""
 
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN's: it plans its attention anew in every thread, which takes long, and there are two threads per batch."""
@@ -161,7 +165,10 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     with bar, sdpa_kernel(_ATTENTION), ThreadPoolExecutor(2 * len(batches), "calibration") as threads:
         for index, name in enumerate(blocks.names):
             with _moved(blocks.modules[index], device):
-                block = _Block(blocks.modules[index], name, index, groups[index], config, threads, team)
+                outlets = plans[index].outlets
+                block = _Block(
+                    blocks.modules[index], name, index, groups[index], outlets, config, threads, team
+                )
                 reports += block.quantize(batches, work, advance=index < len(blocks.modules) - 1)
                 block.replace(model, work if streams else None)
                 kept = block.kept
@@ -182,11 +189,13 @@ class _Block:
         name: str,
         index: int,
         groups: list[list[str]],
+        outlets: dict[str, Outlet],
         config: MRGPTQConfig,
         threads: Executor,
         team: Team,
     ):
         self._module, self._name, self._index, self._config = module, name, index, config
+        self._outlets = _last_outlets(groups, outlets)
         self._threads, self._team = threads, team
         self._groups = [group_of(module, name, names, config, team) for names in groups]
         self._device = block_device(module)
@@ -216,8 +225,11 @@ class _Block:
             names = [group.names for group in self._groups]
             first = batches[0]
             self.kept = equalize(self._module, first.quantized, first.calls[self._index], names, self._team)
-        with paused_forwards(self._module, [g.entries for g in self._groups], self._threads) as begin:
+        entries = [group.entries for group in self._groups]
+        with paused_forwards(self._module, entries, self._threads, self._outlets) as begin:
             quantized, original = [], []
+            known: list[tuple[dict[str, Known], dict[str, Known]]] = [({}, {}) for _ in batches]
+            kept = 0
             for batch in batches:
                 call = batch.calls[self._index]
                 quantized.append(begin(batch.quantized, call, solved))
@@ -229,17 +241,22 @@ class _Block:
                 group.start(forward.input_of(index) for forward in quantized)
                 for i, (batch, other) in enumerate(zip(batches, original, strict=True)):
                     call = batch.calls[self._index]
-                    group.observe(quantized[i].input_of(index), other and other.input_of(index), tokens[i])
+                    inputs = quantized[i].input_of(index), other.input_of(index) if other else None
+                    group.observe(*inputs, tokens[i])
+                    if not wait and index != last:
+                        kept += self._keep(group.names[0], inputs, known[i], kept)
+                    del inputs
                     if other and index == last:  # it waits for no solve
                         if advance:
                             batch.rest(other.output())
                         other.abandon()
+                        known[i][1].clear()
                     elif other and batch.original is not None and not wait:
                         other.abandon()
-                        original[i] = begin(batch.original, call, unsolved)
+                        original[i] = begin(batch.original, call, unsolved, known[i][1])
                     if not wait:  # what is needed of it later is computed again
                         quantized[i].abandon()
-                        quantized[i] = begin(batch.quantized, call, solved)
+                        quantized[i] = begin(batch.quantized, call, solved, known[i][0])
                 outcomes = group.solve()
                 return_freed_memory()
                 solved |= group.simulated()
@@ -258,6 +275,27 @@ class _Block:
                 for batch, forward in zip(batches, quantized, strict=True):
                     batch.quantized = forward.output()
         return reports
+
+    def _keep(
+        self,
+        name: str,
+        inputs: tuple[torch.Tensor, torch.Tensor | None],
+        known: tuple[dict[str, Known], dict[str, Known]],
+        kept: int,
+    ) -> int:
+        """Add the inputs of the linear ``name`` to what both streams know, if that is wanted and fits; how many bytes those are.
+
+        kept: how many bytes the batches before take.
+        """
+        if name not in self._outlets:
+            return 0
+        size = sum(x.nbytes for x in inputs if x is not None)
+        if kept + size > _MOST_KNOWN or not _fits(kept + size, self._device):
+            return 0
+        for each, x in zip(known, inputs, strict=True):
+            if x is not None:
+                each[name] = Known(x)
+        return size
 
     def _original(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         return {name: f for group in self._groups for name, f in group.original().items()}
@@ -311,6 +349,17 @@ class _Block:
             layers[name].load_state_dict({k: t.to(device) for k, t in own.items()}, assign=True)
             layers[name].check(f"{self._name}.{name}")
         return layers
+
+
+def _last_outlets(groups: list[list[str]], outlets: dict[str, Outlet]) -> dict[str, Outlet]:
+    """Outlets of a linear that is a group by itself, and of whose part no later group is."""
+    found = {}
+    for index, names in enumerate(groups):
+        outlet = outlets.get(names[0]) if len(names) == 1 else None
+        later = (name for group in groups[index + 1 :] for name in group)
+        if outlet and not any(name.startswith(f"{outlet.module}.") for name in later):
+            found[names[0]] = outlet
+    return found
 
 
 def _progress(

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..config import MRGPTQConfig
 from ..gptq import FP4Weight, activation_order, descend, output_power, round_weight, solve
-from ..hessian import DampedMoments, SecondMoments, blended, upper_factors
+from ..hessian import OrderedFactor, SecondMoments, blended
 from ..layers.experts import DOWN, GATE_UP, FP4Experts, Routed, gather_rows
 from ..rotation import rotate
 from .capture import require_finite
@@ -89,10 +89,11 @@ class ExpertsGroup(Group):
 
     def _samples(self, routed: Routed) -> list[tuple[torch.Tensor, torch.Tensor]]:
         found = sorted(routed.by_expert(), key=lambda where: where[1] - where[2])
-        busiest = [where for where in found if where[0] in self._of_expert][:ROTATION_EXPERTS]
+        busiest = [where for where in found if where[0] in self._of_expert]
+        alike = [w for w in busiest if len(self._of_expert[w[0]]) == len(self._of_expert[busiest[0][0]])]
         return [
             (spread(routed.of_rows(routed.tokens, start, stop), ROTATION_TOKENS), self._weight(expert))
-            for expert, start, stop in busiest
+            for expert, start, stop in alike[:ROTATION_EXPERTS]
             if stop - start > 1
         ]
 
@@ -102,7 +103,7 @@ class ExpertsGroup(Group):
         if original is not None:
             aimed = original.tokens if x.source is None else self._original_input(x, original)
         rotated = self._rotated(x.tokens)
-        self._note_maximum(x.tokens, rotated)
+        self._note_maximum(rotated)
         # Times the input scale, as in `Group.observe`.
         values = rotated if self._rule is None else self._quantized(x.tokens, rotated)
         routed = x if self._experts.layout.routed else _without_zeros(x, aimed)
@@ -176,18 +177,18 @@ class ExpertsGroup(Group):
             *(blended(each, pooled, divisor) for each in moments.values()), strict=True
         )
         titles = [f"{self.prefix}.{self._of_expert[expert][0]}" for expert in numbers]
-        damped = DampedMoments.stack(torch.stack(seconds), config.damp_percent, titles)
-        targets = [rotate(self._weight(expert), self.hadamard_size) for expert in numbers]
-        for i, cross in enumerate(crosses):
-            if cross is not None:
-                targets[i] = damped[i].correct_target(targets[i], cross, config.error_correction)
-        scales = [self._global_scale(target) for target in targets]
-        mine = range(len(numbers))[self._team.rows(len(numbers))]
-        solved = self._solve_together(
-            [targets[i] for i in mine], [damped[i] for i in mine], [scales[i] for i in mine]
-        )
+        second = torch.stack(seconds)
+        order = torch.stack([activation_order(each) for each in second]) if config.act_order else None
+        factor = OrderedFactor.stack(second, order, config.damp_percent, titles)
+        weight = torch.stack([rotate(self._weight(expert), self.hadamard_size) for expert in numbers])
+        if crosses[0] is not None:
+            weight = factor.correct_target(weight, weight @ torch.stack(crosses), config.error_correction)
+        scales = [self._global_scale(target) for target in weight]
+        mine = self._team.rows(len(numbers))
+        ordered = None if order is None else order[mine]
+        solved = self._solve_together(weight[mine], second[mine], factor.part(mine), ordered, scales[mine])
         outcomes = {}
-        for i, (packed, scale, power) in enumerate(self._joined(solved, targets)):
+        for i, (packed, scale, power) in enumerate(self._joined(solved, weight)):
             names = self._of_expert[numbers[i]]
             rows = [self._linears[name].out_features for name in names]
             parts = FP4Weight(packed, scale, scales[i], self._format).split(rows)
@@ -197,37 +198,36 @@ class ExpertsGroup(Group):
         return outcomes
 
     def _solve_together(
-        self, targets: list[torch.Tensor], damped: list[DampedMoments], divisors: list[Any]
+        self,
+        weight: torch.Tensor,
+        second: torch.Tensor,
+        factor: OrderedFactor,
+        order: torch.Tensor | None,
+        divisors: list[Any],
     ) -> list[tuple[FP4Weight, torch.Tensor]]:
-        """`Group._solve_rows` of several experts, whose columns are solved in the same launches."""
-        if not targets:
+        """`Group._solve_rows` of a stack of experts, whose columns are solved in the same launches."""
+        if not len(weight):
             return []
         config, fmt = self._config, self._format
-        weight, second = torch.stack(targets), [each.second for each in damped]
-        scale = torch.stack(list(map(self._scales, targets, second, divisors)))
+        scale = torch.stack(list(map(self._scales, weight, second, divisors)))
         divisor = None if divisors[0] is None else torch.cat(divisors)
         rounded = solved = round_weight(weight, scale, fmt, divisor)
         if self._solves:
-            order = torch.stack([activation_order(each) for each in second]) if config.act_order else None
-            upper = torch.stack(upper_factors(damped, [None] * len(damped) if order is None else list(order)))
-            solved = solve(weight, scale, fmt, divisor, upper, order, self._kernels)
+            solved = solve(weight, scale, fmt, divisor, factor.upper(), order, self._kernels)
             if config.descent_passes:
-                added = torch.tensor([each.added for each in damped], device=weight.device)
-                solved = descend(
-                    weight, solved, torch.stack(second), added, config.descent_passes, self._kernels
-                )
+                solved = descend(weight, solved, second, factor.added, config.descent_passes, self._kernels)
         differences = (weight, weight - rounded.dequantize(), weight - solved.dequantize())
         powers = [
             torch.stack([output_power(each[i], second[i]) for each in differences])
-            for i in range(len(targets))
+            for i in range(len(weight))
         ]
         return list(zip(solved.unstack(), powers, strict=True))
 
     def _joined(
-        self, solved: list[tuple[FP4Weight, torch.Tensor]], targets: list[torch.Tensor]
+        self, solved: list[tuple[FP4Weight, torch.Tensor]], weight: torch.Tensor
     ) -> Iterable[tuple[torch.Tensor, torch.Tensor, list[float]]]:
         """Codes, block scales and powers of all experts, from everybody's."""
-        (rows, features), device, count = targets[0].shape, targets[0].device, len(targets)
+        (count, rows, features), device = weight.shape, weight.device
         groups = features // self._format.group_size
         packed = torch.empty((0, rows, features // 2), dtype=torch.uint8, device=device)
         scale = torch.empty((0, rows, groups), dtype=self._format.scale_dtype, device=device)

@@ -3,6 +3,9 @@
 A group is solved on the inputs of all batches, and what follows it in the block must be computed with the solved weights.
 So each batch's forward waits, in a thread of its own, until the caller lets it go on. One thread runs at a time. The threads
 serve block after block: what CUDA's libraries prepare for each thread is prepared once.
+
+A forward that waits holds all that its block has computed. Where that is too much, it is given up and another one begins,
+which need not compute those parts of the block whose last linear's input is known.
 """
 
 from __future__ import annotations
@@ -17,27 +20,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import BlockCall, block_device, call_block, redirect
+from .capture import BlockCall, Outlet, block_device, call_block, redirect
 
 Functions = Mapping[str, Callable[[Any], Tensor]]
 """What to call in the place of the forward of a linear, or of a projection of experts, by its name relative to the block."""
 
 
+class Known:
+    """A linear's input, of which its output is computed when that is asked for, and then kept in its place."""
+
+    def __init__(self, input: Tensor):
+        self._input: Tensor | None = input
+        self._output: Tensor | None = None
+
+    def output(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``function`` gives for the input; a copy, since a block may write to it."""
+        if self._output is None:
+            assert self._input is not None
+            self._output, self._input = function(self._input), None
+        return self._output.clone()
+
+
 @contextmanager
 def paused_forwards(
-    block: nn.Module, groups: Sequence[Sequence[str]], threads: Executor
-) -> Iterator[Callable[[Tensor, BlockCall, Functions], PausedForward]]:
+    block: nn.Module,
+    groups: Sequence[Sequence[str]],
+    threads: Executor,
+    outlets: Mapping[str, Outlet] | None = None,
+) -> Iterator[Callable[..., PausedForward]]:
     """Context in which forwards of ``block`` pause at its ``groups`` (names relative to the block, in calling order).
 
-    ``threads`` must have one thread for each forward that is started. Yields ``start(hidden, call, functions)``: a forward on ``hidden`` [B, T, hidden_size]; ``functions`` is read whenever
-    a linear is called, so it may grow meanwhile. On leaving the context, forwards that have not ended are given up.
+    ``threads`` must have one thread for each forward that is started. ``outlets``: of the linears that may become known, what
+    they are the last of.
+
+    Yields ``start(hidden, call, functions, known={})``: a forward on ``hidden`` [B, T, hidden_size]. ``functions`` is read
+    whenever a linear is called, so it may grow meanwhile. ``known``: linears of ``outlets`` whose input is `Known`; what they
+    are the last of does not run. On leaving the context, forwards that have not ended are given up.
     """
     running = threading.local()
     forwards: list[PausedForward] = []
 
-    def start(hidden: Tensor, call: BlockCall, functions: Functions) -> PausedForward:
-        forwards.append(PausedForward(block, groups, hidden, call, functions, running, threads))
+    def start(
+        hidden: Tensor, call: BlockCall, functions: Functions, known: Mapping[str, Known] | None = None
+    ) -> PausedForward:
+        forwards.append(PausedForward(block, groups, hidden, call, functions, running, threads, known or {}))
         return forwards[-1]
+
+    def part(name: str, outlet: Outlet, whole: Callable[..., Any], own: Callable[[Tensor], Tensor]):
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            y = running.forward.known_output(name, own)
+            return whole(*args, **kwargs) if y is None else outlet.wrap(y)
+
+        return forward
 
     def dispatched(index: int, name: str, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
@@ -50,7 +84,13 @@ def paused_forwards(
         for index, names in enumerate(groups)
         for name in names
     }
-    with redirect(block, pausing):
+    parts = {
+        outlet.module: part(
+            name, outlet, block.get_submodule(outlet.module).forward, block.get_submodule(name).forward
+        )
+        for name, outlet in (outlets or {}).items()
+    }
+    with redirect(block, {**pausing, **parts}):
         try:
             yield start
         finally:
@@ -70,8 +110,9 @@ class PausedForward:
         functions: Functions,
         running: Any,
         threads: Executor,
+        known: Mapping[str, Known],
     ):
-        self._block, self._groups, self._functions = block, groups, functions
+        self._block, self._groups, self._functions, self._known = block, groups, functions, known
         self._running, self._threads = running, threads
         self._nothing = hidden.new_empty(0)
         self._arguments: tuple[Tensor, BlockCall] | None = (hidden, call)
@@ -136,6 +177,11 @@ class PausedForward:
         if index not in self._reached:
             self._wait_at(index, x)
         return self._functions.get(name, own)(x)
+
+    def known_output(self, name: str, own: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """What the linear ``name`` gives, if its input is known; ``own`` is its own forward."""
+        known = self._known.get(name)
+        return None if known is None else known.output(self._functions.get(name, own))
 
     def abandon(self) -> None:
         """Unwind what is waiting."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from .team import Team
 
 ROTATION_TOKENS, ROTATION_ROWS, ROTATION_COLUMNS = 4096, 256, 2048
 """Tokens, output rows and input features on which the Hadamard size of a group is chosen."""
+
+_T = TypeVar("_T")
 
 _PROVISIONAL_HEADROOM = 8.0
 """Over the first batch's maximum, until the maximum of all batches is known; a power of two, so rounding agrees."""
@@ -50,6 +52,23 @@ class Outcome:
         return cls(power[1] / whole, power[2] / whole, tokens, own_share)
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """One rotation tried out: what `solve` needs of a weight [N, K], rotated inputs [M, K], and what the layer sees of them."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    global_scale: torch.Tensor | None
+    order: torch.Tensor | None
+    upper: torch.Tensor | None
+    inputs: torch.Tensor
+    seen: torch.Tensor
+
+    def error(self, quantized: torch.Tensor) -> torch.Tensor:
+        """Squared error of the outputs, summed up."""
+        return (self.seen @ quantized.T - self.inputs @ self.weight.T).square().sum()
+
+
 class Group:
     """Linears of one block that share an input: statistics, solve, and the simulated forward afterwards."""
 
@@ -66,6 +85,7 @@ class Group:
         self._dtype = compute_dtype(first.dtype)
         self._product_dtype = self._kernels.product_dtype(self._dtype, first.device)
         self._memo: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._aimed: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
         self._dequantized: dict[str, torch.Tensor] = {}
         self.solved: dict[str, FP4Linear] = {}
 
@@ -83,6 +103,11 @@ class Group:
     def _aims_by_outputs(self) -> bool:
         """Whether the original stream's outputs are cheaper to compare with, though they must be computed, than its inputs."""
         return 2 * self._rows <= self._linears[self.names[0]].in_features
+
+    @property
+    def _gives_outputs(self) -> bool:
+        """Whether those outputs are the original stream's own; float16 ones are not: here they are added up in float32."""
+        return self._aims_by_outputs and self._linears[self.names[0]].weight.dtype == self._dtype
 
     @property
     def entries(self) -> list[str]:
@@ -140,27 +165,27 @@ class Group:
         if len(x) == 0:
             return
         rotated = self._rotated(x)
-        self._note_maximum(x, rotated)
+        self._note_maximum(rotated)
         if original is not None:
-            original = self._aim(original.flatten(0, -2))
+            original = self._aim(original)
         # Times the input scale, which is the same for all batches; `solve` divides by it.
         self._moments.add(rotated if self._rule is None else self._quantized(x, rotated), original)
 
     def _aim(self, original: torch.Tensor) -> torch.Tensor:
         """What cross moments are collected of: the original stream's rotated inputs, or its outputs."""
         if not self._aims_by_outputs:
-            return self._rotated(original)
-        weights = [linear.weight.detach() for linear in self._linears.values()]
-        return torch.cat([self._product(original, weight) for weight in weights], -1)
+            return self._rotated(original.flatten(0, -2))
+        outputs = {
+            name: self._product(original, linear.weight.detach()) for name, linear in self._linears.items()
+        }
+        if self._gives_outputs:
+            self._aimed = (original, outputs)
+        return torch.cat([y.flatten(0, -2) for y in outputs.values()], -1)
 
-    def _note_maximum(self, x: torch.Tensor, rotated: torch.Tensor) -> None:
-        """Of inputs, which must be finite."""
+    def _note_maximum(self, rotated: torch.Tensor) -> None:
+        """Of inputs; what is not finite stays so, and is refused by `_fix_input_scale`: asking now would wait for a GPU."""
         low, high = torch.aminmax(rotated)
-        absmax = torch.maximum(-low, high).float()
-        if not torch.isfinite(absmax):
-            require_finite(x, f"the input of {self._title}")
-            require_finite(rotated, f"the rotated input of {self._title}")
-        self._absmax = torch.maximum(self._absmax, absmax)
+        self._absmax = torch.maximum(self._absmax, torch.maximum(-low, high).float())
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         """In float32, or where kernels do it in bfloat16: then moments take a tensor core's time."""
@@ -184,43 +209,54 @@ class Group:
         """The size, or none, whose solve leaves the least output error on the half of each sample that it did not see."""
         if not samples:
             return None
-        trials = [self._trial(*sample) for sample in samples]
+        halves = [self._halves(*sample) for sample in samples]
         sizes = [None, *(k for k in HADAMARD_SIZES if samples[0][0].shape[-1] % k == 0)]
-        tasks: list[Callable[[], torch.Tensor]] = [
-            partial(self._rotation_error, size, *trial) for size in sizes for trial in trials
+        tasks: list[Callable[[], _Trial]] = [
+            partial(self._trial, size, *half) for size in sizes for half in halves
         ]
-        errors = torch.stack(_side_by_side(tasks, samples[0][0].device)).view(len(sizes), -1).sum(1)
+        trials = _side_by_side(tasks, samples[0][0].device)
+        solved = self._solve_trials(trials).dequantize()
+        errors = torch.stack([trial.error(each) for trial, each in zip(trials, solved, strict=True)])
         # NaN, where a factorization failed, is no better than anything.
-        return sizes[int(errors.nan_to_num(nan=torch.inf).argmin())]
+        return sizes[int(errors.view(len(sizes), -1).sum(1).nan_to_num(nan=torch.inf).argmin())]
 
-    def _trial(
+    def _halves(
         self, sample: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, DampedMoments, torch.Tensor]:
+        """Of a sample of inputs and the weight for them: some of the weight, moments of one half, and the other half."""
         columns = _spread_columns(sample.shape[-1], sample.device)
         sample, weight = sample[:, columns], spread(weight, ROTATION_ROWS)[:, columns]
         seen, unseen = sample[0::2].float(), sample[1::2].float()
         moments = DampedMoments.of(seen.T @ seen / len(seen), self._config.damp_percent, self._title)
         return weight, moments, unseen
 
-    def _rotation_error(
+    def _trial(
         self, size: int | None, weight: torch.Tensor, moments: DampedMoments, x: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> _Trial:
         weight, x = rotate(weight, size), rotate(x, size)
         moments, global_scale = moments.rotated(size), self._global_scale(weight)
         scale = self._scales(weight, moments.second, global_scale)
-        if self._solves:
-            order = self._order(moments.second)
-            upper = moments.upper(order, check=False)
-            solved = solve(weight, scale, self._format, global_scale, upper, order, self._kernels)
-        else:
-            solved = round_weight(weight, scale, self._format, global_scale)
-        quantized = solved.dequantize()
+        order = self._order(moments.second) if self._solves else None
+        upper = moments.upper(order, check=False) if self._solves else None
         seen = x
         if self._rule is not None:
             divisor = input_global_scale(x.abs().amax().view(1)) if self._format.has_global_scale else None
             values, divisor = fake_quantize(self._kernels, x, self._format, self._rule, divisor)
             seen = values if divisor is None else values / divisor
-        return (seen @ quantized.T - x @ weight.T).square().sum()
+        return _Trial(weight, scale, global_scale, order, upper, x, seen)
+
+    def _solve_trials(self, trials: list[_Trial]) -> FP4Weight:
+        """The weights of all trials as one stack, whose columns are solved in the same launches."""
+
+        def stack(name: str) -> Any:
+            tensors = [getattr(trial, name) for trial in trials]
+            return None if tensors[0] is None else torch.stack(tensors)
+
+        weight, scale, divisor = stack("weight"), stack("scale"), stack("global_scale")
+        divisor = None if divisor is None else divisor.flatten()
+        if not self._solves:
+            return round_weight(weight, scale, self._format, divisor)
+        return solve(weight, scale, self._format, divisor, stack("upper"), stack("order"), self._kernels)
 
     def _stacked(self) -> torch.Tensor:
         return torch.cat([linear.weight.detach().float() for linear in self._linears.values()])
@@ -242,9 +278,11 @@ class Group:
         return self._config.method != "rtn"
 
     def _fix_input_scale(self) -> None:
-        """Once the maximum of all inputs is known."""
+        """Once the maximum of all inputs is known, which must be finite."""
+        absmax = self._team.max_(self._absmax.nan_to_num(nan=torch.inf, posinf=torch.inf))
+        require_finite(absmax, f"the input of {self._title}, rotated (its largest magnitude)")
         if self._input_scale is not None:
-            self._input_scale = input_global_scale(self._team.max_(self._absmax))
+            self._input_scale = input_global_scale(absmax)
 
     def solve(self) -> dict[str, Outcome]:
         """Quantize the group's weights from what was observed; what became of each linear, by its name."""
@@ -259,7 +297,7 @@ class Group:
                 f"no calibration token reached {self._title}; use more samples, or add it to modules_to_not_convert"
             )
         second, cross = moments.mean(None if self._rule is None else self._input_scale)
-        self._moments = moments = None  # nothing else may keep what is freed below
+        self._moments = moments = self._aimed = None  # nothing else may keep what is freed below
         self._fix_input_scale()
         weight = rotate(self._stacked(), self.hadamard_size)
         order = self._order(second)
@@ -327,11 +365,19 @@ class Group:
 
     def original(self) -> dict[str, Callable[[Any], torch.Tensor]]:
         """Per linear a function that computes what it does in less time; none where its own forward is as fast."""
-        if self._product_dtype == self._dtype:
+        if self._product_dtype == self._dtype and not self._gives_outputs:
             return {}
-        return {name: partial(self._forward_original, linear) for name, linear in self._linears.items()}
+        return {name: partial(self._forward_original, name) for name in self._linears}
 
-    def _forward_original(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    def _forward_original(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        linear = self._linears[name]
+        if linear.bias is None and self._aimed is not None and self._aimed[0] is x:  # observed just now
+            y = self._aimed[1].pop(name)
+            if not self._aimed[1]:
+                self._aimed = None
+            return y
+        if self._product_dtype == self._dtype:
+            return torch.nn.functional.linear(x, linear.weight, linear.bias)
         bias = None if linear.bias is None else linear.bias.to(self._product_dtype)
         return self._product(x, linear.weight, bias)
 
@@ -355,7 +401,10 @@ class Group:
     def _forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if self._memo is None or self._memo[0] is not x:
             self._memo = (x, self._quantize_input(x, self.solved[name].input_global_scale)[0])
-        return self._linear(name, self._memo[1]).to(x.dtype)
+        values = self._memo[1]
+        if name == self.names[-1]:  # nobody else will ask for it
+            self._memo = None
+        return self._linear(name, values).to(x.dtype)
 
     def _linear(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """What the solved layer gives for an input that is rotated and quantized already."""
@@ -363,7 +412,7 @@ class Group:
         return y if bias is None else y + bias.to(y.dtype)
 
 
-def _side_by_side(tasks: list[Callable[[], torch.Tensor]], device: torch.device) -> list[torch.Tensor]:
+def _side_by_side(tasks: list[Callable[[], _T]], device: torch.device) -> list[_T]:
     """The results of tasks of which each leaves most of a GPU idle, computed on streams of their own."""
     if device.type != "cuda":
         return [task() for task in tasks]

@@ -32,8 +32,15 @@ DAMP = 0.01
 
 @pytest.fixture(scope="module", params=["triton", "cpu", "cpu portable"])
 def kernels(request):
-    """Triton's source files, as a build's other files need a GPU to be of use; the CPU build."""
-    backend, _, isa = request.param.partition(" ")
+    """Triton's source files, as a build's other files need a GPU to be of use; the CPU build. A panel is two blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in loaded(request.param):
+            patch.setattr(importlib.import_module("._gptq", module.__package__), "PANEL", 256)
+            yield module
+
+
+def loaded(backend):
+    backend, _, isa = backend.partition(" ")
     if backend == "cpu":
         if DEVICE != "cpu" or "cpu" not in variant_paths():
             pytest.skip("needs the cpu variant, and no GPU")
@@ -202,6 +209,24 @@ def test_every_stored_scale_is_read_exactly(kernels, fmt):
     kernels.gptq_descend(target, current, scale, identity, 1, fmt.value, divisor)
     assert torch.equal(current, target)
     assert torch.equal(scale.view(torch.uint8), stored)
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_a_product_with_rows_is_exact_to_the_last_bits(kernels, experts):
+    """On a GPU, where the rows are sums of two bfloat16 numbers, every term is off by less than 2^-14 of itself."""
+    module = importlib.import_module("._gptq", kernels.__package__)
+    generator = torch.Generator().manual_seed(0)
+    rows, factor, total = (
+        torch.randn(experts, *shape, generator=generator).to(DEVICE)
+        for shape in ((96, 40), (24, 64), (24, 40))
+    )
+    multiplicand, before = module._Multiplicand(torch.full_like(rows, torch.nan)), total.clone()
+    multiplicand.put(0, rows[:, :32])
+    multiplicand.put(32, rows[:, 32:64])  # what is behind stays NaN, and is not read
+    multiplicand.add_product(total, factor, alpha=-2)
+    exact = before.double() - 2 * factor.double() @ rows[:, :64].double()
+    terms = 2 * factor.double().abs() @ rows[:, :64].double().abs()
+    assert ((total - exact).abs() <= 2**-14 * terms + 1e-6).all()
 
 
 @pytest.mark.slow

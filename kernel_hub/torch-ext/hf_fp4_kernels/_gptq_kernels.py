@@ -1,9 +1,8 @@
 """Triton kernels of `_gptq`: one block of columns at a time.
 
 A program takes a few rows of the weight and BLOCK of its columns. Columns are done in groups: what a column does to the
-rest of its group is applied at once, to the rest of the block when the group is done, to all later columns when the block
-is done, by one matrix product of torch (in the precision that torch is set to; this file needs real float32). Tensors are
-[K, N], one column of the weight contiguous, for each of E experts in the same launch.
+rest of its group is applied at once, to the rest of the block when the group is done; what the block does to later columns is
+the caller's work. Tensors are [K, N], one column of the weight contiguous, for each of E experts in the same launch.
 """
 
 import torch
@@ -108,13 +107,13 @@ def _step(byte, divisor, NVFP4: tl.constexpr):
 
 @triton.jit
 def descend_kernel(
-    current_ptr, gradient_ptr, scale_ptr, matrix_ptr, global_ptr, moved_ptr, N, K, moved_stride,
+    current_ptr, gradient_ptr, scale_ptr, matrix_ptr, global_ptr, moved_ptr, N, K, gradient_stride, moved_stride,
     NVFP4: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Visit COUNT columns. Every pointer is at the block's first column, that of ``matrix`` [K, K] at its diagonal."""
     expert = tl.program_id(1).to(tl.int64)
     current_ptr += expert * K * N
-    gradient_ptr += expert * K * N
+    gradient_ptr += expert * gradient_stride
     scale_ptr += expert * (K // SIZE) * N
     matrix_ptr += expert * K * K
     moved_ptr += expert * moved_stride
@@ -136,19 +135,19 @@ def descend_kernel(
         stored = tl.load(scale_ptr + group * N + rows, mask=rows < N, other=127).to(tl.int32)
         unit, inverse = _step(stored, divisor, NVFP4)
         gradient = _group_of(tile, group, BLOCK, SIZE, ROWS)
+        diagonal = tl.load(square_ptr + within * K + within)
+        reciprocal = tl.math.div_rn(tl.full([SIZE], 1.0, tl.float32), diagonal)
         # Codes, one after the other.
         values = before
         for i in range(SIZE):
             hit = (within == i)[:, None]
             factor = tl.load(square_ptr + i * K + within)
-            pivot = tl.zeros_like(gradient) + tl.load(square_ptr + i * K + i)
-            best = values + gradient * tl.math.div_rn(tl.zeros_like(pivot) + 1.0, pivot)
+            best = values + gradient * reciprocal[:, None]
             best = _round(best * inverse[None, :]) * unit[None, :]
             gradient += factor[:, None] * _pick(values - best, hit)[None, :]
             values = tl.where(hit, best, values)
         # The scale: each value is rounded from what would be best for it alone.
-        diagonal = tl.load(square_ptr + within * K + within)[:, None] + tl.zeros_like(gradient)
-        wanted = values + tl.math.div_rn(gradient, diagonal)
+        wanted = values + tl.math.div_rn(gradient, diagonal[:, None] + tl.zeros_like(gradient))
         less = tl.maximum(stored - 1, LOW)
         more = tl.minimum(stored + 1, HIGH)
         less_unit, less_inverse = _step(less, divisor, NVFP4)
@@ -236,6 +235,6 @@ def descend_block(current, gradient, scale, matrix, global_scale, group, moved):
     with torch.cuda.device_of(current):
         descend_kernel[(triton.cdiv(n, ROWS), experts)](
             current, gradient, scale, matrix, matrix if global_scale is None else global_scale, moved, n,
-            matrix.stride(1), moved.stride(0),
+            matrix.stride(1), gradient.stride(0), moved.stride(0),
             NVFP4=global_scale is not None, COUNT=count, SIZE=group, BLOCK=BLOCK, ROWS=ROWS, num_warps=1,
         )  # fmt: skip
