@@ -49,29 +49,27 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, const Releaser& r
                                           float (&acc)[kTokens / 2]) {
   constexpr int kPerStage = T::kTilesPerStage, kUnroll = kPerStage < 2 ? 2 : kPerStage, kAhead = 2;
   const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const uint32_t codes = ring.base + group * T::kWeightStage + codes_offset(slice, lane);
-  const uint32_t scales = ring.base + group * T::kWeightStage + scales_offset(kFormat, slice, lane);
-  const uint64_t tokens = token_descriptor<kTokens>(ring.base + T::kTokenOffset);
+  const uint32_t weights = ring.base + T::kWeightOffset + group * T::kWeightStage;
+  const uint32_t codes = weights + codes_offset(slice, lane), scales = weights + scales_offset(kFormat, slice, lane);
+  const uint32_t first_token = ring.base + T::kTokenOffset;
+  const uint64_t tokens = T::kSwizzled ? swizzled_descriptor(first_token) : token_descriptor<kTokens>(first_token);
+  constexpr int kStep = T::kSwizzled ? 2 : kTokens * 2;  // 16 k, in units of 16 bytes
   uint32_t a[2][4][4], raw_scales;
   uint4 raw;
   Cursor<T> read = at, multiplied = at;  // the stages of raw, and of what is multiplied
   auto load = [&](int in_stage) {
-    if (in_stage == 0) {
-      barrier_wait(ring.full(read.stage), read.phase);
-      // The tensor cores read what other threads' own copies wrote.
-      if constexpr (T::kGathers) fence_async_proxy();
-    }
-    const uint32_t offset = read.stage * T::kStageBytes + in_stage * T::kWeightTile;
+    if (in_stage == 0) barrier_wait(ring.full(read.stage), read.phase);
+    const uint32_t offset = read.stage * T::kWeightStride + in_stage * T::kWeightTile;
     raw = load_shared16(codes + offset);
     raw_scales = load_shared2(scales + offset);
     if (in_stage == kPerStage - 1) read.next();
   };
   auto release_last = [&] { releaser.release((multiplied.stage == 0 ? T::kStages : multiplied.stage) - 1); };
   auto multiply = [&](int in_stage, uint32_t (&src)[4][4]) {
-    const uint64_t tile = tokens + (multiplied.stage * T::kStageBytes + in_stage * T::kTokenTile) / 16;
+    const uint64_t tile = tokens + (multiplied.stage * T::kTokenStride + in_stage * T::kTokenTile) / 16;
     wgmma_fence();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) Wgmma<kOperand, kTokens>::run(acc, src[j], tile + j * kTokens * 2, 1);
+    for (int j = 0; j < 4; ++j) Wgmma<kOperand, kTokens>::run(acc, src[j], tile + j * kStep, 1);
     wgmma_commit();
   };
   // Tile i, the u-th of an iteration.

@@ -10,6 +10,7 @@
 // Few rows per expert: bytes and latency are everything, so items are small and four blocks share a multiprocessor. Many: the
 // tokens are most of what crosses from L2, so 256 output features share them.
 #include <algorithm>
+#include <type_traits>
 
 #include "consume16_sm90.cuh"
 #include "fp4_kernels.h"
@@ -27,100 +28,130 @@ struct ExpertsArgs {
 
 template <Format kFormat, int kTokens>
 struct Traits {
-  static constexpr bool kGathers = true, kEndless = true;  // of consume16
+  static constexpr bool kSwizzled = true, kEndless = true;  // of consume16
   static constexpr int kGroups = kTokens <= 16 ? 1 : kTokens == 32 ? 2 : 4;
   static constexpr int kBlocksPerSm = 4 / kGroups;
-  static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + 32;
+  // Accumulators of 96 tokens need more registers than an even share: the producers are then a whole warpgroup, which hands
+  // some of its own over.
+  static constexpr bool kMoveRegisters = kTokens == 96;
+  static constexpr int kConsumers = 128 * kGroups, kProducers = kMoveRegisters ? 128 : 32;
+  static constexpr int kThreads = kConsumers + kProducers;
+  static constexpr int kLaneExperts = kMoveRegisters ? 2 : 4;  // of find_segment, which takes registers
+  static constexpr int kLaneTokens = kTokens * 8 / kProducers;  // of a producer
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kWeightTile = tile_bytes(kFormat), kTokenTile = kTokens * kTileK * 2;
-  static constexpr int kTilesPerStage = 2;
-  static constexpr int kStages = kTokens == 8 ? 8 : kTokens == 32 ? 5 : 6;
+  static constexpr int kTilesPerStage = kTokens == 96 ? 1 : 2;
+  static constexpr int kStages = kTokens == 16 ? 6 : kTokens == 32 ? 5 : 8;
   static constexpr int kWeightStage = kTilesPerStage * kWeightTile;  // of one warpgroup
-  static constexpr int kTokenOffset = (kGroups * kWeightStage + 127) / 128 * 128;
-  static constexpr int kStageBytes = kTokenOffset + kTilesPerStage * kTokenTile;
-  static constexpr int kItems = kStages * kStageBytes;  // what begins in a stage, 16 bytes each
-  static constexpr int kBarriers = kItems + kStages * 16;
-  static constexpr int kStaging = kBarriers + (kStages * 16 + 127) / 128 * 128;
+  static constexpr int kTokenOffset = 0, kTokenStride = kTilesPerStage * kTokenTile;
+  static constexpr int kWeightOffset = kStages * kTokenStride, kWeightStride = kGroups * kWeightStage;
+  static constexpr int kItems = kWeightOffset + kStages * kWeightStride;  // what begins in a stage, 16 bytes each
+  static constexpr int kCurrent = kItems + kStages * 16;                    // and what the producers are at
+  static constexpr int kBarriers = kCurrent + 16;
+  static constexpr int kStaging = kBarriers + kStages * 16;
   static constexpr int kStagingWarp = kTokens <= 16 ? 512 : 1024;
-  static constexpr int kSmem = kStaging + kConsumers / 32 * kStagingWarp + 128;  // 128: alignment
+  static constexpr int kSmem = kStaging + kConsumers / 32 * kStagingWarp + 1024;  // 1024: alignment
+  // Stages whose tokens a producer has on their way before it tells consumers of the first. Consumers wait for up to two
+  // stages after the one they multiply, which is not released yet: three more must be left.
+  static constexpr int kBehind = 2;
+  static_assert(kBehind <= kStages - 3 && kWeightOffset % 128 == 0 && kStaging % 16 == 0);
 };
 
 // Rows first.. of the result, by the weights of row_group, of an expert. rows is 0 after the last item.
 struct Item {
   int expert, first, rows, row_group;
+
+  __device__ __forceinline__ void store(uint32_t address) const {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(expert), "r"(first), "r"(rows), "r"(row_group)
+                 : "memory");
+  }
 };
+
+__device__ __forceinline__ Item load_item(uint32_t address) {
+  const uint4 v = load_shared16(address);
+  return {static_cast<int>(v.x), static_cast<int>(v.y), static_cast<int>(v.z), static_cast<int>(v.w)};
+}
 
 template <class T, int kTokens>
 struct Producer {
   const ExpertsArgs& args;
   const Ring<T>& ring;
-  uint32_t items;
-  Cursor<T> at;
-  const uint8_t* weights[T::kGroups];
-  const uint8_t* source[kTokens / 8];  // this lane's tokens, one of each 8
-  int present;                         // how many of those there are
-  uint64_t policy;
+  Cursor<T> at, told;  // the stages that are filled next, and that consumers are told of next
+  int behind;          // stages in between
+  uint32_t tokens[T::kLaneTokens];  // where this lane's are, one of each four: in units of 128 bytes
+  int present;                      // how many of those there are
 
-  __device__ __forceinline__ Item item_of(int number) const {
-    if (number >= args.items) return {0, 0, 0, 0};
-    const Segment s = find_segment(args.p.routing, kTokens, number / args.row_groups);
-    return {s.expert, s.first, s.rows, number % args.row_groups};
+  // Whether there is an item of this number.
+  __device__ __forceinline__ bool begin_item(int number) {
+    if (number >= args.items) return false;
+    const Segment segment = find_segment<T::kLaneExperts>(args.p.routing, kTokens, number / args.row_groups);
+    if (__shfl_sync(0xFFFFFFFFu, segment.rows, 0) == 0) return false;
+    const Item item{segment.expert, segment.first, segment.rows, number % args.row_groups};
+    if (threadIdx.x == T::kConsumers) item.store(ring.base + T::kCurrent);  // a register for each would be too many
+    const int token = first_token();
+    present = (item.rows - token + 3) / 4;
+#pragma unroll
+    for (int i = 0; i < T::kLaneTokens; ++i) {
+      tokens[i] = token_of(args.p.routing, item.first + min(4 * i + token, item.rows - 1)) * args.p.k_tiles;
+    }
+    return true;
   }
 
-  __device__ __forceinline__ void begin_item(const Item& item) {
+  __device__ __forceinline__ void copy_weights(const Cursor<T>& c, int tile) const {
+    if (threadIdx.x != T::kConsumers) return;
     const ExpertsProblem& p = args.p;
-    const int lane = threadIdx.x % 32, row_tiles = (p.n + 63) / 64;
-#pragma unroll
-    for (int g = 0; g < T::kGroups; ++g) {
-      const int row_tile = min(item.row_group * T::kGroups + g, row_tiles - 1);
-      weights[g] = p.weight + (static_cast<int64_t>(item.expert) * row_tiles + row_tile) * p.k_tiles * T::kWeightTile;
-    }
-    present = (item.rows - lane % 8 + 7) / 8;
-#pragma unroll
-    for (int i = 0; i < kTokens / 8; ++i) {
-      const int row = item.first + min(8 * i + lane % 8, item.rows - 1);
-      source[i] = static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(token_of(p.routing, row)) * p.k_tiles * 128 +
-                  lane / 8 * 16;
-    }
-  }
-
-  __device__ __forceinline__ void copy_weights(const Cursor<T>& c, const Item& item, int tile) const {
-    if (threadIdx.x % 32 != 0) return;
-    const int tiles = min(T::kTilesPerStage, args.p.k_tiles - tile);
-    if (tile == 0) store_item(c, item);
+    const Item item = load_item(ring.base + T::kCurrent);
+    const int tiles = min(T::kTilesPerStage, p.k_tiles - tile), row_tiles = (p.n + 63) / 64;
+    if (tile == 0) item.store(ring.base + T::kItems + c.stage * 16);
+    const uint64_t policy = kTokens <= 16 ? policy_evict_first() : policy_evict_last();  // read once, or by the next tile too
     barrier_expect(ring.full(c.stage), tiles * T::kGroups * T::kWeightTile);
 #pragma unroll
     for (int g = 0; g < T::kGroups; ++g) {
-      bulk_copy(ring.stage(c.stage) + g * T::kWeightStage, weights[g] + static_cast<int64_t>(tile) * T::kWeightTile,
-                tiles * T::kWeightTile, ring.full(c.stage), policy);
+      const int row_tile = item.expert * row_tiles + min(item.row_group * T::kGroups + g, row_tiles - 1);
+      bulk_copy(ring.base + T::kWeightOffset + c.stage * T::kWeightStride + g * T::kWeightStage,
+                p.weight + (static_cast<int64_t>(row_tile) * p.k_tiles + tile) * T::kWeightTile, tiles * T::kWeightTile,
+                ring.full(c.stage), policy);
     }
   }
 
-  // Eight tokens and four pieces of 16 bytes at a time: 64 bytes of a token are read together, and what 8 lanes write lies
-  // together. Places of absent tokens keep what they have: results of one token do not depend on another's.
-  __device__ __forceinline__ void copy_tokens(const Cursor<T>& c, int tile) const {
-    const int lane = threadIdx.x % 32;
-    const uint32_t to = ring.stage(c.stage) + T::kTokenOffset + lane / 8 * kTokens * 16 + lane % 8 * 16;
-    const int64_t from = static_cast<int64_t>(tile) * 128;
+  // A warp copies 128 bytes of each of four tokens at a time, piece by piece into their places of a swizzled operand. Places
+  // of absent tokens keep what they have: results of one token do not depend on another's.
+  __device__ __forceinline__ void copy_tokens(int tile) {
+    // Where this lane's piece of its even tokens belongs; of odd ones it lies 64 bytes away.
+    const uint32_t to = ring.base + T::kTokenOffset + at.stage * T::kTokenStride + first_token() * 128 +
+                        (threadIdx.x % 8 ^ threadIdx.x % 32 / 8) * 16;
+    const uint8_t* from = static_cast<const uint8_t*>(args.p.x) + static_cast<int64_t>(tile) * 128 + threadIdx.x % 8 * 16;
 #pragma unroll
     for (int u = 0; u < T::kTilesPerStage; ++u) {
       if (tile + u >= args.p.k_tiles) break;
 #pragma unroll
-      for (int i = 0; i < kTokens / 8; ++i) {
+      for (int i = 0; i < T::kLaneTokens; ++i) {
         if (i >= present) continue;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          copy_own16(to + u * T::kTokenTile + half * kTokens * 64 + i * 128, source[i] + from + u * 128 + half * 64);
-        }
+        uint32_t token = tokens[i];
+        asm volatile("" : "+r"(token));  // addresses are computed anew each time: the producers have no registers to keep them
+        copy_own16((i % 2 == 0 ? to : to ^ 64) + u * T::kTokenTile + i * 512,
+                   from + static_cast<uint64_t>(token) * 128 + u * 128);
       }
     }
-    barrier_arrive_copied(ring.full(c.stage));
+    commit_own();
+    at.next();
+    if (behind == T::kBehind) tell<T::kBehind>();
+    else ++behind;
   }
 
-  __device__ __forceinline__ void store_item(const Cursor<T>& c, const Item& item) const {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(items + c.stage * 16), "r"(item.expert), "r"(item.first),
-                 "r"(item.rows), "r"(item.row_group)
-                 : "memory");
+  // The tokens of the stage that is kPending behind the last one are there.
+  template <int kPending>
+  __device__ __forceinline__ void tell() {
+    wait_own<kPending>();
+    fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(ring.full(told.stage));
+    told.next();
+  }
+
+  __device__ __forceinline__ int first_token() const {
+    static_assert(T::kLaneTokens % 2 == 0);
+    return (threadIdx.x - T::kConsumers) / 32 * T::kLaneTokens * 4 + threadIdx.x % 32 / 8;
   }
 
   __device__ __forceinline__ void wait_empty() const { barrier_wait(ring.empty(at.stage), at.phase ^ 1); }
@@ -130,32 +161,29 @@ struct Producer {
   __device__ void run() {
     const int k_tiles = args.p.k_tiles;
     int number = blockIdx.x, tile = 0;
-    Item item = item_of(number);
-    if (item.rows > 0) {
-      begin_item(item);
+    bool more = begin_item(number);
+    if (more) {
       Cursor<T> early = at;
       const int end = min(k_tiles, T::kStages * T::kTilesPerStage);
-      for (int i = 0; i < end; i += T::kTilesPerStage, early.next()) copy_weights(early, item, i);
+      for (int i = 0; i < end; i += T::kTilesPerStage, early.next()) copy_weights(early, i);
       grid_dependency_wait();
-      for (; tile < end; tile += T::kTilesPerStage, at.next()) copy_tokens(at, tile);
+      for (; tile < end; tile += T::kTilesPerStage) copy_tokens(tile);
     }
-    while (item.rows > 0) {
-      for (; tile < k_tiles; tile += T::kTilesPerStage, at.next()) {
+    while (more) {
+      for (; tile < k_tiles; tile += T::kTilesPerStage) {
         wait_empty();
-        copy_weights(at, item, tile);
-        copy_tokens(at, tile);
+        copy_weights(at, tile);
+        copy_tokens(tile);
       }
-      number += gridDim.x;
-      item = item_of(number);
-      if (item.rows > 0) begin_item(item);
+      more = begin_item(number += gridDim.x);
       tile = 0;
     }
     wait_empty();
-    if (threadIdx.x % 32 == 0) {
-      store_item(at, item);
+    if (threadIdx.x == T::kConsumers) {
+      Item{}.store(ring.base + T::kItems + at.stage * 16);
       barrier_arrive(ring.full(at.stage));
     }
-    barrier_arrive_copied(ring.full(at.stage));
+    for (++behind; behind > 0; --behind) tell<0>();  // the end is a stage too
   }
 };
 
@@ -178,9 +206,10 @@ __device__ __forceinline__ uint32_t pack_results(float a, float b) {
   }
 }
 
-// What a warp's 16 output features n0.. of an expert are multiplied by, and added to: rows g and g + 8 of this lane.
+// What a warp's results are multiplied by and added to: of 16 output features n0.. of an expert, g and g + 8 of this lane;
+// token_scale: unless each token has one of its own.
 struct RowData {
-  float scale[2], bias[2];
+  float scale[2], bias[2], token_scale;
   template <typename Out>
   __device__ __forceinline__ void load(const ExpertsArgs& args, int expert, int n0) {
     const ExpertsProblem& p = args.p;
@@ -188,10 +217,11 @@ struct RowData {
     const int64_t row = static_cast<int64_t>(expert) * p.n + min(n0, p.n - 16) + g;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      scale[r] = p.row_scale[row + 8 * r];
+      scale[r] = p.row_scale[row + 8 * r] * args.factor;
       bias[r] = p.bias != nullptr ? static_cast<float>(static_cast<const Out*>(p.bias)[row + 8 * r])
                                   : -0.0f;  // adding -0 changes nothing
     }
+    token_scale = p.token_scale != nullptr ? __ldcg(p.token_scale) : 1.0f;
   }
 };
 
@@ -202,27 +232,31 @@ __device__ __forceinline__ void write_item(const ExpertsArgs& args, const Item& 
                                            uint32_t staging, const float (&acc)[kTokens / 2]) {
   const ExpertsProblem& p = args.p;
   const int lane = threadIdx.x % 32, t = lane % 4;
-  auto token_scale = [&](int m) {
-    if (p.token_scale == nullptr) return 1.0f;
-    return p.token_scale_stride == 0 ? *p.token_scale
-                                     : p.token_scale[token_of(p.routing, item.first + min(m, item.rows - 1))];
+  // Of this lane's four tokens of 16, fetched one step ahead.
+  auto token_scales = [&](int i) {
+    auto scale = [&](int m) {
+      if (p.token_scale_stride == 0) return rows.token_scale;
+      return __ldcg(p.token_scale + token_of(p.routing, item.first + min(m, item.rows - 1)));
+    };
+    const int m = 8 * i + 2 * t;
+    return make_float4(scale(m), scale(m + 1), scale(m + 8), scale(m + 9));
   };
+  float4 ahead = token_scales(0);
   Out* out = static_cast<Out*>(p.out) + (static_cast<int64_t>(item.first) + lane / 2) * p.n + n0 + lane % 2 * 8;
 #pragma unroll
   for (int i = 0; i < kTokens / 8; i += 2) {  // tokens 8i..8i+15
     if (8 * i >= item.rows) break;
-    uint32_t pairs[2][2] = {};  // [8 tokens][8 rows]: tokens 2t, 2t+1 of row g
+    const float token_scale[2][2] = {{ahead.x, ahead.y}, {ahead.z, ahead.w}};
+    if (i + 2 < kTokens / 8) ahead = token_scales(i + 2);
+    uint32_t pairs[2][2] = {};  // [8 tokens][8 features]: tokens 2t, 2t+1 of feature g
 #pragma unroll
-    for (int h = 0; h < 2 && i + h < kTokens / 8; ++h) {
-      const float scale[2] = {token_scale(8 * (i + h) + 2 * t), token_scale(8 * (i + h) + 2 * t + 1)};
+    for (int h = 0; h < 2 && i + h < kTokens / 8; ++h)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float* v = acc + 4 * (i + h) + 2 * r;
-        const float row_scale = rows.scale[r] * args.factor;
-        pairs[h][r] = pack_results<Out>(v[0] * (row_scale * scale[0]) + rows.bias[r],
-                                        v[1] * (row_scale * scale[1]) + rows.bias[r]);
+        pairs[h][r] = pack_results<Out>(v[0] * (rows.scale[r] * token_scale[h][0]) + rows.bias[r],
+                                        v[1] * (rows.scale[r] * token_scale[h][1]) + rows.bias[r]);
       }
-    }
     const uint32_t buffer = staging + (kTokens > 16 ? i / 2 % 2 * 512 : 0);  // two in turn: one barrier of the warp is enough
     store_transposed(buffer + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, pairs);
     __syncwarp();
@@ -235,25 +269,33 @@ __device__ __forceinline__ void write_item(const ExpertsArgs& args, const Item& 
 }
 
 template <class T, Operand kOperand, Format kFormat, int kTokens, typename Out>
-__device__ __forceinline__ void consume_items(const ExpertsArgs& args, const Ring<T>& ring, uint32_t items,
-                                              uint32_t staging) {
+__device__ __forceinline__ void consume_items(const ExpertsArgs& args, const Ring<T>& ring) {
   const int warp = threadIdx.x / 32;
+  const uint32_t staging = ring.base + T::kStaging + warp * T::kStagingWarp;
   const Releaser<T> releaser{ring};
   Cursor<T> at;
   while (true) {
     barrier_wait(ring.full(at.stage), at.phase);
-    const uint4 v = load_shared16(items + at.stage * 16);
-    const Item item{static_cast<int>(v.x), static_cast<int>(v.y), static_cast<int>(v.z), static_cast<int>(v.w)};
+    const Item item = load_item(ring.base + T::kItems + at.stage * 16);
     if (item.rows == 0) break;
+    grid_dependency_wait();
     const int n0 = item.row_group * T::kRows + warp * 16;
     RowData rows;  // on its way while the item is multiplied
     rows.load<Out>(args, item.expert, n0);
-    float acc[kTokens / 2];
+    auto run = [&](auto tokens) {
+      float acc[tokens.value / 2];
 #pragma unroll
-    for (int r = 0; r < kTokens / 2; ++r) acc[r] = 0.0f;
-    consume16<T, kOperand, kFormat, kTokens>(ring, releaser, args.p.k_tiles, at, acc);
-    grid_dependency_wait();
-    write_item<kTokens, Out>(args, item, rows, n0, staging, acc);
+      for (int r = 0; r < tokens.value / 2; ++r) acc[r] = 0.0f;
+      consume16<T, kOperand, kFormat, tokens.value>(ring, releaser, args.p.k_tiles, at, acc);
+      write_item<tokens.value, Out>(args, item, rows, n0, staging, acc);
+    };
+    if constexpr (kTokens == 96) {  // the last tile of an expert is rarely full
+      if (item.rows <= 32) run(std::integral_constant<int, 32>());
+      else if (item.rows <= 64) run(std::integral_constant<int, 64>());
+      else run(std::integral_constant<int, 96>());
+    } else {
+      run(std::integral_constant<int, kTokens>());
+    }
   }
 }
 
@@ -262,36 +304,33 @@ __global__ void __launch_bounds__(Traits<kFormat, kTokens>::kThreads, Traits<kFo
     experts_w4_kernel(const __grid_constant__ ExpertsArgs args) {
   using T = Traits<kFormat, kTokens>;
   extern __shared__ uint8_t raw[];
-  const uint32_t base = (smem_address(raw) + 127) & ~127u;
+  const uint32_t base = (smem_address(raw) + 1023) & ~1023u;
   const Ring<T> ring{base, base + T::kBarriers};
   const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0);
 
   grid_dependency_launch();
   if (threadIdx.x == T::kConsumers) {
     for (int s = 0; s < T::kStages; ++s) {
-      barrier_init(ring.full(s), 1 + 32);  // the weights' bytes, and every lane's copies
+      barrier_init(ring.full(s), 1 + T::kProducers / 32);  // the weights' bytes, and every producer's tokens
       barrier_init(ring.empty(s), T::kConsumers / 32);
     }
     barrier_init_fence();
   }
   __syncthreads();
 
-  if (warp == T::kConsumers / 32) {
-    Producer<T, kTokens> producer{args, ring, base + T::kItems};
-    producer.policy = kTokens <= 16 ? policy_evict_first() : policy_evict_last();
+  if (warp >= T::kConsumers / 32) {
+    if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    Producer<T, kTokens> producer{args, ring};
     producer.run();
   } else {
+    if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
     const int end = load_integer(args.p.routing.offsets, args.p.routing.offsets_are_64, args.p.routing.experts);
     if (end < args.p.rows) {
       grid_dependency_wait();
       zero_absent_rows(args.p.out, args.p.n, end, args.p.rows, T::kConsumers);
     }
-    const uint32_t staging = base + T::kStaging + warp * T::kStagingWarp;
-    if (args.p.out_is_bf16) {
-      consume_items<T, kOperand, kFormat, kTokens, __nv_bfloat16>(args, ring, base + T::kItems, staging);
-    } else {
-      consume_items<T, kOperand, kFormat, kTokens, __half>(args, ring, base + T::kItems, staging);
-    }
+    if (args.p.out_is_bf16) consume_items<T, kOperand, kFormat, kTokens, __nv_bfloat16>(args, ring);
+    else consume_items<T, kOperand, kFormat, kTokens, __half>(args, ring);
   }
 }
 
@@ -321,9 +360,9 @@ void dispatch(const ExpertsProblem& p, cudaStream_t stream) {
     case 8: return launch<kOperand, kFormat, 8>(p, stream);
     case 16: return launch<kOperand, kFormat, 16>(p, stream);
     case 32: return launch<kOperand, kFormat, 32>(p, stream);
-    case 64: return launch<kOperand, kFormat, 64>(p, stream);
+    case 96: return launch<kOperand, kFormat, 96>(p, stream);
   }
-  throw std::runtime_error("experts_w4_sm90: tile must be 8, 16, 32 or 64, got " + std::to_string(p.tile));
+  throw std::runtime_error("experts_w4_sm90: tile must be 8, 16, 32 or 96, got " + std::to_string(p.tile));
 }
 
 }  // namespace

@@ -68,7 +68,7 @@ struct ExpertsProblem {
   void* out;                // bf16 or fp16 [rows, N]
   bool out_is_bf16;
   int rows, n, k_tiles;
-  int tile;                 // rows of a tile: 8, 16, 32 or 64
+  int tile;                 // rows of a tile: 8, 16, 32 or 96
   int format;
   int operand;
   Routing routing;

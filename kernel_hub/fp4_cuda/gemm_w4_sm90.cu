@@ -24,7 +24,6 @@ constexpr int kPromoteTiles = 2;
 template <Operand kOperand, int kTokens>
 struct Shape {
   static constexpr bool kE4m3 = kOperand == Operand::kE4m3;
-  static constexpr bool kGathers = false, kEndless = false;  // of consume16
   // Accumulators of wide token tiles, with E4M3 twice as many, need more registers than an even share: the producer is then
   // a whole warpgroup, which hands its registers over.
   static constexpr bool kMoveRegisters = kTokens >= (kE4m3 ? 64 : 128);
@@ -46,6 +45,8 @@ struct Traits : Shape<kOperand, kTokens> {
   static constexpr int kWeightStage = S::kTilesPerStage * kWeightTile;  // of one warpgroup
   static constexpr int kTokenOffset = (kGroups * kWeightStage + 127) / 128 * 128;
   static constexpr int kStageBytes = kTokenOffset + S::kTilesPerStage * kTokenTile;
+  static constexpr int kWeightOffset = 0, kWeightStride = kStageBytes, kTokenStride = kStageBytes;
+  static constexpr bool kSwizzled = false, kEndless = false;  // of consume16
   static constexpr int kReduceStride = kRows + 4;  // what write_output reads
   static constexpr int kReduceBytes = kTokens * kReduceStride * 4;
   static constexpr int kRing = S::kStages * kStageBytes > kReduceBytes ? S::kStages * kStageBytes : kReduceBytes;

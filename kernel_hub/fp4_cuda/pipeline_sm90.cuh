@@ -86,13 +86,14 @@ __device__ __forceinline__ void bulk_copy_shared(uint32_t dst, const void* src, 
       : "memory");
 }
 
-// A copy of 16 bytes by this thread, and an arrival once all of its copies up to here are there, for which the barrier has
-// been counting.
+// Copies of 16 bytes by this thread, and the wait for all but the last kPending groups of them.
 __device__ __forceinline__ void copy_own16(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive_copied(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void commit_own() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_own() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 __device__ __forceinline__ uint64_t policy_evict_first() {

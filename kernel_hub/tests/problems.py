@@ -92,7 +92,7 @@ EXPERT_SHAPES = [
 
 
 # Values of grouped_linear's `tile`: rows of one expert that a block multiplies at a time.
-EXPERT_TILES = [8, 16, 32, 64]
+EXPERT_TILES = [8, 16, 32, 96]
 
 
 MODES = [

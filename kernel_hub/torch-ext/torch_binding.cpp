@@ -351,7 +351,7 @@ Tensor prepared_linear(const Tensor& x, const Tensor& packed, const Tensor& row_
 static int64_t expert_tile(int64_t rows, int64_t experts) {
   if (rows <= 4 * experts) return 8;
   if (rows <= 12 * experts) return 16;
-  return rows <= 24 * experts ? 32 : 64;
+  return rows <= 24 * experts ? 32 : 96;
 }
 
 static bool is_integer(const Tensor& t) {
@@ -390,7 +390,7 @@ static fp4::ActivationProblem experts_activation(const Tensor& x, const std::opt
   return a;
 }
 
-// tile: rows of a tile; 0, or for measuring and tests 8, 16, 32 or 64.
+// tile: rows of a tile; 0, or for measuring and tests 8, 16, 32 or 96.
 Tensor grouped_linear(const Tensor& x, const Tensor& offsets, const std::optional<Tensor>& index, const Tensor& packed,
                       const Tensor& row_scale, const std::optional<Tensor>& bias, const std::optional<Tensor>& global,
                       int64_t operand, bool quantize, int64_t hadamard, int64_t rule, bool gated, int64_t tile) {
