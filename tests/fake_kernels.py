@@ -20,6 +20,7 @@ prepared: list[dict[str, Any]] = []
 
 fake_quantized: list[str] = []
 grouped: list[int] = []
+gates: list[int] = []
 solved: list[str] = []
 tiles: list[bool] = []
 """Not empty: weights of experts are laid out in tiles."""
@@ -163,9 +164,13 @@ def prepare_experts(weight, weight_scale, weight_global_scale, by_row=False):
     return packed, rows.contiguous()
 
 
-def grouped_linear(x, offsets, packed, row_scale, bias=None, *, index=None, **arguments):
+def grouped_linear(x, offsets, packed, row_scale, bias=None, *, index=None, gated=False, **arguments):
     """Row by row block of `linear`."""
     grouped.append(len(x))
+    if gated:
+        gates.append(len(x))
+        gate, up = x.chunk(2, -1)
+        x = torch.nn.functional.silu(gate) * up
     if packed.dim() == 4:
         packed = packed.flatten(1, 2)[:, : row_scale.shape[1]] ^ 255
     format = "nvfp4" if packed.shape[2] == x.shape[-1] // 2 + x.shape[-1] // 16 else "mxfp4"

@@ -602,6 +602,7 @@ def kernels_on_the_cpu(monkeypatch):
     for module in ("experts", "linear"):
         monkeypatch.setattr(f"hf_fp4.layers.{module}.select", lambda *_: fake_kernels.found())
     fake_kernels.grouped.clear()
+    fake_kernels.gates.clear()
     fake_kernels.tiles.clear()
 
 
@@ -646,6 +647,24 @@ def test_kernels_run_all_experts_at_once(family, fields, zoo, tmp_path, tiles):
     model.save_pretrained(tmp_path / "reference")
     for name, tensor in stored(tmp_path / "reference").items():
         assert torch.equal(tensors[name], tensor), name
+
+
+def test_kernels_make_silu_of_gate_and_up(zoo, tiles):
+    """Unless somebody looks at what `down` is given."""
+    model = in_bfloat16(zoo("mixtral"), method="rtn")
+    result, every = logits(model), list(experts_in(model).values())
+    assert len(fake_kernels.gates) == len(every)
+    seen = []
+    for experts in every:
+        experts.down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].tokens))
+    assert torch.equal(logits(model), result)
+    assert [x.shape[-1] for x in seen] == [experts.own.intermediate_dim for experts in every]
+    assert len(fake_kernels.gates) == len(every) and len(fake_kernels.grouped) == 4 * len(every)
+
+
+def test_kernels_leave_other_gates_to_the_model(zoo, tiles):
+    logits(in_bfloat16(zoo("gpt_oss"), method="rtn"))
+    assert fake_kernels.grouped and not fake_kernels.gates
 
 
 def test_loading_into_experts_on_kernels(zoo, tiles):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import SiLUActivation
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -22,6 +23,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     WeightTransform,
 )
+from transformers.integrations import moe
 
 from ..backends import Kernels, KernelSource, input_arguments, select
 from .linear import KERNEL_ROWS, KERNEL_TILE_ROWS, FP4Linear, HasStoredLayout
@@ -110,18 +112,27 @@ def layout_of_experts(module: nn.Module) -> ExpertsLayout | None:
     return layout
 
 
+def gates_by_silu(own: Any, layout: ExpertsLayout) -> bool:
+    """Whether ``own`` makes silu(gate) * up of the output of `GATE_UP`, gate and up one after the other."""
+    default = getattr(moe, "_default_apply_gate", None)
+    plain = getattr(type(own), "_apply_gate", default) is default
+    return layout.gated and plain and isinstance(getattr(own, "act_fn", None), (nn.SiLU, SiLUActivation))
+
+
 @dataclass(frozen=True)
 class Routed:
     """The input of one projection: rows sorted by expert.
 
     tokens: [T, K]; rows: int64 [S], the token that each row is, or None: they are the tokens as they come; offsets: int64
-    [E + 1], where each expert's rows start, rows after the last offset belong to none; source: the layer's input, for `DOWN`.
+    [E + 1], where each expert's rows start, rows after the last offset belong to none; source: the layer's input, for `DOWN`;
+    gated: tokens are [T, 2 K], gate and up, and silu(gate) * up is meant. Only kernels are given that.
     """
 
     tokens: torch.Tensor
     rows: torch.Tensor | None
     offsets: torch.Tensor
     source: Routed | None = None
+    gated: bool = False
 
     @property
     def count(self) -> int:
@@ -151,6 +162,12 @@ class Projection(nn.Module):
     def forward(self, routed: Routed) -> torch.Tensor:
         """[S, out], zeros for rows of no expert."""
         return self.compute(routed)
+
+    def applies_silu(self, x: torch.Tensor) -> bool:
+        """Whether kernels make their input of gate and up ``x`` themselves. Not while somebody looks at that input."""
+        watched = self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__
+        stacked = self._stacked
+        return not watched and stacked is not None and stacked.gates and stacked.takes(x)
 
     def compute(self, routed: Routed) -> torch.Tensor:
         """`forward`, also while calibration has that redirected."""
@@ -218,7 +235,9 @@ class Projection(nn.Module):
                 layer.take_part(kernels, own, own_scale)
         bias = None if first.bias is None else joined("bias").detach()
         every = [layer for linears in found for layer in linears]
-        self._stacked = _Stacked(kernels, packed, row_scale, bias, every)
+        # The first packages do not take gate and up.
+        gates = "gated" in inspect.signature(kernels.module.grouped_linear).parameters
+        self._stacked = _Stacked(kernels, packed, row_scale, bias, every, gates)
         return True
 
     def unstack(self) -> None:
@@ -237,13 +256,15 @@ def _kind(linear: FP4Linear) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Stacked:
-    """Weights of one projection of all experts: uint8 [E, ...], float32 [E, N], bias [E, N]; and its linears."""
+    """Weights of one projection of all experts: uint8 [E, ...], float32 [E, N], bias [E, N]; its linears; and whether the
+    kernels take gate and up."""
 
     kernels: Kernels
     packed: torch.Tensor
     row_scale: torch.Tensor
     bias: torch.Tensor | None
     linears: list[FP4Linear]
+    gates: bool
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether the kernels can compute this; gradients and autocast are the linears' own affair."""
@@ -262,6 +283,7 @@ class _Stacked:
             self.row_scale,
             None if self.bias is None else self.bias.to(routed.tokens.dtype),
             index=routed.rows,
+            **({"gated": True} if routed.gated else {}),
             **input_arguments(layer.activation_scale_rule, layer.hadamard_size, layer.input_global_scale),
         )
 
@@ -306,6 +328,7 @@ class FP4Experts(HasStoredLayout, nn.Module):
     def __init__(self, own: Any, layout: ExpertsLayout):
         super().__init__()
         self.layout, self.num_experts = layout, len(own.down_proj)
+        self._gates_by_silu = gates_by_silu(own, layout)
         self._own = (own,)
         self._source: KernelSource | None = None
         for name, child in own.named_children():
@@ -427,8 +450,10 @@ class FP4Experts(HasStoredLayout, nn.Module):
 
     def _outputs(self, routed: Routed) -> torch.Tensor:
         """What every expert makes of its rows, [S, H]."""
-        inner = Routed(self.activate(self.gate_up(routed)), None, routed.offsets, routed)
-        outputs = self.down(inner)
+        inner = self.gate_up(routed)
+        gated = self._gates_by_silu and self.down.applies_silu(inner)
+        inner = inner if gated else self.activate(inner)
+        outputs = self.down(Routed(inner, None, routed.offsets, routed, gated))
         own = self.own
         return own.post_expert_norm(outputs) if getattr(own, "has_post_expert_norm", False) else outputs
 

@@ -1,10 +1,11 @@
 """The experts of one MoE layer against bf16 `grouped_mm`: us and ratio. CUDA graphs, another routing at every call.
 
-    python benchmarks/benchmark_experts.py [--tokens 1 16 4096] [--mode nvfp4_w4a16 ...] [--variants 0 8001 ...] [--json out.json]
+    python benchmarks/benchmark_experts.py [--tokens 1 16 4096] [--mode nvfp4_w4a16 ...] [--tiles 0 8 ...] [--json out.json]
 
 Qwen3-30B-A3B's layer: 128 experts, hidden 2048, expert 768, top 8, experts drawn at random. Both run gate and up, SiLU, and
-down on sorted rows; "into" and "down" are the two products alone. --variants: ways to divide the CUDA kernels' work
-(`grouped_linear`'s `variant` in torch_binding.cpp). A result that fails its check is not timed.
+down on sorted rows, which for FP4 is two calls; "into" and "down" are the two alone, SiLU with the second. --tiles: rows of a
+tile of the CUDA kernels, 0 what they choose (`grouped_linear` in torch_binding.cpp). A result that fails its check is not
+timed.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def time_bf16(tokens: int, routings: list) -> float:
 
 
 class Layer:
-    """The layer's FP4 weights, and its products by one variant of the kernels."""
+    """The layer's FP4 weights, and its two products, of which the second begins with SiLU."""
 
     def __init__(self, kernels, mode):
         self.kernels, self.mode = kernels, mode
@@ -59,16 +60,16 @@ class Layer:
             self.prepared.append(kernels.prepare_experts(*stacked, divisors))
             self.weights.append(weights)
 
-    def product(self, which: int, x: torch.Tensor, offsets: torch.Tensor, index=None, variant: int = 0):
+    def product(self, which: int, x: torch.Tensor, offsets: torch.Tensor, index=None, tile: int = 0):
         mode, linear = self.mode, self.kernels._linear
-        if variant:
+        if tile:
             return linear.ops.grouped_linear(
                 x, offsets, index, *self.prepared[which], None, self.input_global_scale, linear.OPERANDS["bf16"],
-                mode.activations == "fp4", mode.hadamard or 0, linear.RULES[mode.rule], variant,
+                mode.activations == "fp4", mode.hadamard or 0, linear.RULES[mode.rule], which == 1, tile,
             )  # fmt: skip
         return self.kernels.grouped_linear(
             x, offsets, *self.prepared[which], index=index, activations=mode.activations, hadamard=mode.hadamard,
-            rule=mode.rule, input_global_scale=self.input_global_scale,
+            rule=mode.rule, input_global_scale=self.input_global_scale, gated=which == 1,
         )  # fmt: skip
 
     def check(self, which: int, y: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> None:
@@ -84,22 +85,22 @@ class Layer:
                 )
 
 
-def time_fp4(layer: Layer, tokens: int, routings: list, variant: int) -> list[float]:
+def time_fp4(layer: Layer, tokens: int, routings: list, tile: int) -> list[float]:
     """Microseconds of the layer, and of its two products alone."""
     x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    inner = torch.randn(tokens * TOP, INNER, device="cuda", dtype=torch.bfloat16)
+    inner = torch.randn(tokens * TOP, 2 * INNER, device="cuda", dtype=torch.bfloat16)
 
     def into(index: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        return layer.product(0, x, offsets, index, variant)
+        return layer.product(0, x, offsets, index, tile)
 
     def down(offsets: torch.Tensor, inner: torch.Tensor = inner) -> torch.Tensor:
-        return layer.product(1, inner, offsets, None, variant)
+        return layer.product(1, inner, offsets, None, tile)
 
     index, offsets = routings[0]
     layer.check(0, into(index, offsets), x[index], offsets)
-    layer.check(1, down(offsets), inner, offsets)
+    layer.check(1, down(offsets), gated(inner), offsets)
     calls = [
-        [lambda r=r: down(r[1], gated(into(*r))) for r in routings],
+        [lambda r=r: down(r[1], into(*r)) for r in routings],
         [lambda r=r: into(*r) for r in routings],
         [lambda r=r: down(r[1]) for r in routings],
     ]
@@ -112,13 +113,13 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 4096])
     parser.add_argument("--mode", nargs="+", default=list(MODES)[:4], choices=list(MODES))
-    parser.add_argument("--variants", type=int, nargs="+", default=[0])
+    parser.add_argument("--tiles", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     paths = variant_paths()
     kernels = load_variant(paths.get("cuda", paths["triton"]))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    print(f"{'tokens':>6} {'mode':<20} {'variant':>7} {'us':>9} {'x bf16':>7} {'into':>9} {'down':>9}")
+    print(f"{'tokens':>6} {'mode':<20} {'tile':>7} {'us':>9} {'x bf16':>7} {'into':>9} {'down':>9}")
     layers = {name: Layer(kernels, MODES[name]) for name in args.mode}
     results = []
     for tokens in args.tokens:
@@ -126,12 +127,12 @@ def main() -> None:
         bf16 = time_bf16(tokens, routings)
         print(f"{tokens:>6} {'bf16 grouped_mm':<20} {'':>7} {bf16:>9.1f}")
         for name, layer in layers.items():
-            for variant in args.variants:
-                us, into, down = time_fp4(layer, tokens, routings, variant)
-                results.append({"tokens": tokens, "mode": name, "variant": variant, "bf16_us": bf16})
+            for tile in args.tiles:
+                us, into, down = time_fp4(layer, tokens, routings, tile)
+                results.append({"tokens": tokens, "mode": name, "tile": tile, "bf16_us": bf16})
                 results[-1] |= {"us": us, "into_us": into, "down_us": down}
                 print(
-                    f"{tokens:>6} {name:<20} {variant:>7} {us:>9.1f} {bf16 / us:>7.2f} {into:>9.1f} {down:>9.1f}",
+                    f"{tokens:>6} {name:<20} {tile:>7} {us:>9.1f} {bf16 / us:>7.2f} {into:>9.1f} {down:>9.1f}",
                     flush=True,
                 )
     if args.json:

@@ -15,7 +15,6 @@
 #include "activation_fp4.cuh"
 #include "fp4_kernels.h"
 #include "pipeline_sm90.cuh"
-#include "routing.cuh"
 
 namespace fp4 {
 namespace {
@@ -31,33 +30,37 @@ struct ActivationArgs {
   int hadamard;
   ScaleRule rule;
   bool natural;
-  Routing routing;
-  const float* gathered_scale;
+  bool experts;
 };
 
-// Where a token is and where it goes.
-struct TokenPlace {
-  int token;     // of x
-  int row;       // whose token_scale it has
-  bool present;
-};
-
-// Of place `at` of the output. m: places.
-__device__ __forceinline__ TokenPlace token_place(const ActivationArgs& a, int at) {
-  if (a.routing.segments == nullptr) return {at, at, at < a.m};
-  if (at >= a.m) return {0, 0, false};
-  const Segment s = load_segment(a.routing.segments, at / a.token_tile);
-  const int in_tile = at % a.token_tile, row = s.first + in_tile;
-  if (in_tile >= s.rows) return {0, 0, false};
-  return {token_of(a.routing, row), row, true};
+// The product of experts may read the routing once it runs, before it waits for this kernel: it starts only when all before
+// this kernel has ended.
+__device__ __forceinline__ void wait_and_launch(const ActivationArgs& a) {
+  if (!a.experts) grid_dependency_launch();
+  grid_dependency_wait();
+  if (a.experts) grid_dependency_launch();
 }
 
-// The product may read the routing and the segments once it runs, before it waits for this kernel: for experts it starts
-// only when all before this kernel has ended.
-__device__ __forceinline__ void wait_and_launch(const ActivationArgs& a) {
-  if (a.routing.experts == 0) grid_dependency_launch();
-  grid_dependency_wait();
-  if (a.routing.experts != 0) grid_dependency_launch();
+template <typename T>
+__device__ __forceinline__ float round_to(float v) {
+  return static_cast<float>(static_cast<T>(v));
+}
+
+// 16 values of a token from k0 on. Gated: rounded where PyTorch rounds, so that it has the same bits as
+// `F.silu(gate) * up`.
+template <typename T, bool kGated>
+__device__ __forceinline__ Chunk load_input(const ActivationArgs& a, int token, int k0, bool valid) {
+  const T* x = static_cast<const T*>(a.x) + static_cast<int64_t>(token) * a.k * (kGated ? 2 : 1) + k0;
+  Chunk c = load_chunk(x, valid);
+  if constexpr (kGated) {
+    const Chunk up = load_chunk(x + a.k, valid);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      const float silu = __fdiv_rn(c.v[i], 1.0f + expf(-c.v[i]));
+      c.v[i] = round_to<T>(round_to<T>(silu) * up.v[i]);
+    }
+  }
+  return c;
 }
 
 // 16-bit tiles: chunk 2j holds values 4j, 4j+1 of each of the four lanes of a 64-block, chunk 2j+1 values 4j+2, 4j+3.
@@ -144,43 +147,35 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
 }
 
 // A warp takes 4 tokens x 128 values, so that tiled stores of a chunk are contiguous over tokens.
-template <typename T, Format F, Output O>
+template <typename T, Format F, Output O, bool kGated>
 __global__ void __launch_bounds__(128) activation_static_kernel(const ActivationArgs a) {
   wait_and_launch(a);
   const int lane = threadIdx.x & 31;
   const int k_blocks = (a.k_padded + 127) / 128;
   const int unit = blockIdx.x * 4 + threadIdx.x / 32;
-  const int at = (unit / k_blocks) * 4 + lane / kLanesPerBlock;
+  const int token = (unit / k_blocks) * 4 + lane / kLanesPerBlock;
   const int k0 = (unit % k_blocks) * 128 + (lane % kLanesPerBlock) * kValues;
   const float global = a.global != nullptr ? __ldg(a.global) : 1.0f;
-  const TokenPlace place = token_place(a, at);
-  if (a.gathered_scale != nullptr) {
-    if (place.present && k0 == 0) a.token_scale[place.row] = a.gathered_scale[place.token];
-  } else if (blockIdx.x == 0 && threadIdx.x == 0 && a.token_scale != nullptr) {
-    a.token_scale[0] = __fdiv_rn(1.0f, global);
-  }
-  if (!__any_sync(0xFFFFFFFFu, place.present)) return;
-  Chunk c = load_chunk(static_cast<const T*>(a.x) + static_cast<int64_t>(place.token) * a.k + k0, place.present && k0 < a.k);
+  if (blockIdx.x == 0 && threadIdx.x == 0 && a.token_scale != nullptr) a.token_scale[0] = __fdiv_rn(1.0f, global);
+  if (!__any_sync(0xFFFFFFFFu, token < a.m)) return;
+  Chunk c = load_input<T, kGated>(a, token, k0, token < a.m && k0 < a.k);
   rotate(c, a.hadamard);
-  finish_chunk<T, F, O>(a, at, k0, c, global, 0, place.present && k0 < a.k_padded);
+  finish_chunk<T, F, O>(a, token, k0, c, global, 0, token < a.m && k0 < a.k_padded);
 }
 
 // One block per token: the first pass finds the token's largest rotated value, the second quantizes under it. A thread's
 // first chunks stay in registers in between.
 constexpr int kHeld = 2;
 
-template <typename T, Format F, Output O>
+template <typename T, Format F, Output O, bool kGated>
 __global__ void __launch_bounds__(512) activation_dynamic_kernel(const ActivationArgs a) {
   wait_and_launch(a);
   __shared__ float warp_max[16];
-  const TokenPlace place = token_place(a, blockIdx.x);
-  if (!place.present) return;
-  const T* x = static_cast<const T*>(a.x) + static_cast<int64_t>(place.token) * a.k;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
   const int stride = blockDim.x * kValues, k_first = threadIdx.x * kValues;
   auto rotated = [&](int k0) {
-    Chunk c = load_chunk(x + k0, k0 < a.k);
+    Chunk c = load_input<T, kGated>(a, blockIdx.x, k0, k0 < a.k);
     rotate(c, a.hadamard);
     return c;
   };
@@ -206,11 +201,11 @@ __global__ void __launch_bounds__(512) activation_dynamic_kernel(const Activatio
   int token_exponent = 0;
   if constexpr (F == Format::kNvfp4) {
     global = token_range(amax);
-    if (threadIdx.x == 0) a.token_scale[place.row] = __fdiv_rn(1.0f, global);
+    if (threadIdx.x == 0) a.token_scale[blockIdx.x] = __fdiv_rn(1.0f, global);
   } else {
     // The largest block lands at E4M3 exponent 6 (7 would overflow); rule mse may raise a block by one.
     token_exponent = exponent_of_block(amax) + (a.rule == ScaleRule::kMse ? 1 : 0) - 6;
-    if (threadIdx.x == 0) a.token_scale[place.row] = ldexpf(1.0f, token_exponent);
+    if (threadIdx.x == 0) a.token_scale[blockIdx.x] = ldexpf(1.0f, token_exponent);
   }
   auto finish = [&](int k0, const Chunk& c) {
     finish_chunk<T, F, O>(a, blockIdx.x, k0, c, global, token_exponent, k0 < a.k_padded);
@@ -222,15 +217,15 @@ __global__ void __launch_bounds__(512) activation_dynamic_kernel(const Activatio
   for (int base = kHeld * stride; base < a.k_padded; base += stride) finish(k_first + base, rotated(k_first + base));
 }
 
-template <typename T, Format F, Output O>
+template <typename T, Format F, Output O, bool kGated = false>
 void launch(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
   if (dynamic) {
     const int chunks = a.k_padded / kValues;
     const int threads = chunks >= 512 ? 512 : chunks > 128 ? 256 : 128;
-    launch_after(activation_dynamic_kernel<T, F, O>, dim3(a.m), dim3(threads), 0, 1, stream, a);
+    launch_after(activation_dynamic_kernel<T, F, O, kGated>, dim3(a.m), dim3(threads), 0, 1, stream, a);
   } else {
     const int units = (a.m + 3) / 4 * ((a.k_padded + 127) / 128);
-    launch_after(activation_static_kernel<T, F, O>, dim3((units + 3) / 4), dim3(128), 0, 1, stream, a);
+    launch_after(activation_static_kernel<T, F, O, kGated>, dim3((units + 3) / 4), dim3(128), 0, 1, stream, a);
   }
 }
 
@@ -238,9 +233,14 @@ template <typename T>
 void dispatch(const ActivationProblem& p, cudaStream_t stream) {
   const ActivationArgs a{p.x,          p.global, p.out,        p.scales,   p.token_scale,
                          p.m,          p.k,      p.k_padded,   p.token_tile, p.hadamard,
-                         static_cast<ScaleRule>(p.rule), p.natural, p.routing, p.gathered_scale};
+                         static_cast<ScaleRule>(p.rule), p.natural, p.experts};
   const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
   const bool dynamic = nvfp4 && p.global == nullptr;
+  if (p.gated) {
+    if (!p.quantize) return launch<T, Format::kNvfp4, Output::kRotated, true>(a, false, stream);
+    if (nvfp4) return launch<T, Format::kNvfp4, Output::kTiled16, true>(a, dynamic, stream);
+    return launch<T, Format::kMxfp4, Output::kTiled16, true>(a, false, stream);
+  }
   if (p.packed) {
     if (nvfp4) return launch<T, Format::kNvfp4, Output::kPacked>(a, dynamic, stream);
     return launch<T, Format::kMxfp4, Output::kPacked>(a, false, stream);
@@ -259,20 +259,7 @@ void dispatch(const ActivationProblem& p, cudaStream_t stream) {
   return launch<T, Format::kMxfp4, Output::kTiled16>(a, false, stream);
 }
 
-// A warp finds a tile's rows.
-__global__ void __launch_bounds__(128) segments_kernel(const Routing r, int tile) {
-  const int number = blockIdx.x * 4 + threadIdx.x / 32;
-  if (number >= r.tiles) return;
-  const Segment s = find_segment(r, tile, number);
-  if (threadIdx.x % 32 == 0) r.segments[number] = s;
-}
-
 }  // namespace
-
-void run_segments(const Routing& routing, int tile, cudaStream_t stream) {
-  segments_kernel<<<(routing.tiles + 3) / 4, 128, 0, stream>>>(routing, tile);
-  check_cuda(cudaGetLastError(), "segments_kernel");
-}
 
 void run_activation(const ActivationProblem& p, cudaStream_t stream) {
   if (p.m == 0) return;

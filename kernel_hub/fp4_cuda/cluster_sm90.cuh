@@ -262,9 +262,8 @@ template <typename Kernel>
 void launch_divided(Kernel kernel, const Room& room, const BlockCost& cost, int rows, int tokens, int threads, int smem,
                     Operand operand, Format format, bool takes_items, const GemmProblem& p,
                     cudaStream_t stream) {
-  const bool experts = p.routing.experts > 0;
-  const int token_blocks = experts ? p.routing.tiles : (p.m + tokens - 1) / tokens, row_blocks = row_blocks_of(p, rows);
-  const int most_share = token_blocks > 1 && !experts ? 4 : 1;  // with one tile of tokens, and for experts, it gained nothing
+  const int token_blocks = (p.m + tokens - 1) / tokens, row_blocks = row_blocks_of(p, rows);
+  const int most_share = token_blocks > 1 ? 4 : 1;  // with one tile of tokens it gained nothing
   const Division d = p.split > 0 ? division_of(p.split, room)
                                  : choose_division(room, cost, most_share, token_blocks, row_blocks, p.k_tiles);
   const float factor = operand == Operand::kE4m3                                    ? kFactorE4m3
@@ -272,9 +271,7 @@ void launch_divided(Kernel kernel, const Room& room, const BlockCost& cost, int 
                                                                                : 1.0f;
   const int size = d.split * d.share, groups = (row_blocks + d.share - 1) / d.share;
   const bool some = takes_items && d.split == 1 && token_blocks * groups > room.shared[size];
-  const dim3 grid = some      ? dim3(size, 1, room.shared[size])
-                    : experts ? dim3(size, groups, token_blocks)
-                              : dim3(size, token_blocks, groups);
+  const dim3 grid = some ? dim3(size, 1, room.shared[size]) : dim3(size, token_blocks, groups);
   if (token_blocks * groups <= room.alone[size]) smem = kAloneSmem;
   launch_after(kernel, grid, dim3(threads), smem, size, stream, GemmArgs{p, factor, d.split, token_blocks * groups});
 }

@@ -6,24 +6,18 @@
 
 namespace fp4 {
 
-// Rows first..first + rows - 1 of the sorted rows, which `expert` gets; none if rows is 0. end: the first row of no expert.
-struct alignas(16) Segment {
-  int expert, first, rows, end;
-};
-
 // Of a layer of experts: where each one's rows start, in rows sorted by expert, and which token a row is.
 struct Routing {
   const void* offsets;  // int32 or int64 [experts + 1]
   const void* index;    // int32 or int64 [rows], or null: row i is token i
   bool offsets_are_64, index_is_64;
-  int experts;          // 0: no experts
-  int tiles;            // as many tiles of rows as there can be, whatever the routing
-  Segment* segments;    // [tiles], or null
+  int experts;
 };
 
 struct ActivationProblem {
   const void* x;        // bf16 or fp16 [M, K]
   bool x_is_bf16;
+  bool gated;           // x is [M, 2 K]: what is rotated is SiLU of the first K times the others. Tiles only
   const float* global;  // float32 [1], divisor, or null: per-token range
   void* out;
   uint8_t* scales;
@@ -39,9 +33,7 @@ struct ActivationProblem {
   bool packed;          // codes and row-major scales instead of tiles
   bool plain;           // row-major values instead of tiles
   bool natural;         // tiled output for run_gemv
-  // With segments: tile i of the output has the tokens of the rows of segment i, and token_scale (per token) is per row.
-  Routing routing;
-  const float* gathered_scale;  // float32 [tokens], what token_scale of a row is taken from, or null
+  bool experts;         // run_experts follows, which reads the routing before it waits for this kernel
 };
 
 // One linear: its weight and its results.
@@ -73,8 +65,22 @@ struct GemmProblem : GemmPart {
   // work, 10 * share + split: split blocks divide K, share blocks of neighbouring rows (1, 2, 4 or 8; 0 is 1) fetch their
   // tokens together; split * share is at most 8.
   int split;
-  // Experts: weight, row_scale and bias are stacked and m counts the rows of all. run_gemv's x is then every token by itself
-  // (tiles of one token), run_gemm_sm90's one tile for each segment.
+};
+
+// One linear of all experts of a layer.
+struct ExpertsProblem {
+  const uint8_t* weight;    // prepared weights, [experts, ...]
+  const float* row_scale;   // float32 [experts, N]
+  const void* x;            // tokens in 16-bit tiles of one token
+  const float* token_scale; // float32 [1] or [tokens], or null
+  int token_scale_stride;
+  const void* bias;         // output dtype [experts, N], or null
+  void* out;                // bf16 or fp16 [rows, N]
+  bool out_is_bf16;
+  int rows, n, k_tiles;
+  int tile;                 // rows of a tile: 8, 16, 32 or 96
+  int format;
+  int operand;
   Routing routing;
 };
 
@@ -107,13 +113,12 @@ struct PrepareProblem {
 
 // Row-major E4M3 [N, K] of a prepared mxfp4 weight, and what to multiply each row by.
 void run_expand_e4m3(const PrepareProblem& p, uint8_t* out, float* out_scale, cudaStream_t stream);
-// Fills routing.segments with tiles of `tile` rows.
-void run_segments(const Routing& routing, int tile, cudaStream_t stream);
 void run_activation(const ActivationProblem& p, cudaStream_t stream);
 void run_gemv(const GemmProblem& p, cudaStream_t stream);
 // The same bits as run_activation and run_gemv, for up to 8 tokens that fit in a block's shared memory.
 void run_gemv_fused(const GemmProblem& p, const FusedTokens& tokens, cudaStream_t stream);
 void run_gemm_sm90(const GemmProblem& p, cudaStream_t stream);
+void run_experts(const ExpertsProblem& p, cudaStream_t stream);
 void run_prepare(const PrepareProblem& p, cudaStream_t stream);
 void run_restore(const PrepareProblem& p, uint8_t* weight, uint8_t* scale, cudaStream_t stream);
 

@@ -7,9 +7,9 @@
 // the blocks of a cluster, which add up through distributed shared memory in a fixed order, so that the result is the same
 // every time and no workspace exists. Blocks of a cluster with neighbouring rows share the tokens they fetch.
 #include "cluster_sm90.cuh"
+#include "consume16_sm90.cuh"
 #include "expand_fp4.cuh"
 #include "gemm_parts.cuh"
-#include "routing.cuh"
 #include "wgmma_sm90.cuh"
 
 namespace fp4 {
@@ -46,21 +46,14 @@ struct Traits : Shape<kOperand, kTokens> {
   static constexpr int kWeightStage = S::kTilesPerStage * kWeightTile;  // of one warpgroup
   static constexpr int kTokenOffset = (kGroups * kWeightStage + 127) / 128 * 128;
   static constexpr int kStageBytes = kTokenOffset + S::kTilesPerStage * kTokenTile;
+  static constexpr int kWeightOffset = 0, kWeightStride = kStageBytes, kTokenStride = kStageBytes;
+  static constexpr bool kSwizzled = false, kEndless = false;  // of consume16
   static constexpr int kReduceStride = kRows + 4;  // what write_output reads
   static constexpr int kReduceBytes = kTokens * kReduceStride * 4;
   static constexpr int kRing = S::kStages * kStageBytes > kReduceBytes ? S::kStages * kStageBytes : kReduceBytes;
   static constexpr int kTableOffset = kRing + 256;  // after the barriers
   static constexpr int kStagingOffset = kTableOffset + (S::kE4m3 ? 256 * 8 : 0);
   static constexpr int kSmem = kStagingOffset + kConsumers / 32 * 1024 + 128;  // 128: alignment
-};
-
-// ---- The ring ------------------------------------------------------------------------------------------------------
-template <class T>
-struct Ring {
-  uint32_t base, barriers;
-  __device__ __forceinline__ uint32_t stage(int s) const { return base + s * T::kStageBytes; }
-  __device__ __forceinline__ uint32_t full(int s) const { return barriers + s * 8; }
-  __device__ __forceinline__ uint32_t empty(int s) const { return barriers + (T::kStages + s) * 8; }
 };
 
 struct Range {
@@ -76,8 +69,6 @@ struct Items {
         first(blockIdx.z * gridDim.y + blockIdx.y),
         step(gridDim.y * gridDim.z),
         count(args.items == step ? 1 : (args.items - first + step - 1) / step) {}
-  // Of experts: row blocks first, so that a tile of tokens is read while it is in L2. Grid: y is the group of row blocks.
-  __device__ __forceinline__ Items() : token_blocks(gridDim.z), first(blockIdx.y * gridDim.z + blockIdx.z), step(1), count(1) {}
   __device__ __forceinline__ int token_block(int i) const {
     return token_blocks == 1 ? 0 : (first + i * step) % token_blocks;
   }
@@ -90,19 +81,6 @@ template <class T>
 __device__ __forceinline__ int stages_for(int tiles) {
   return (tiles + T::kTilesPerStage - 1) / T::kTilesPerStage;
 }
-
-// A place in the ring, moved on without divisions.
-template <class T>
-struct Cursor {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == T::kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
 
 template <class T>
 struct Producer {
@@ -163,83 +141,6 @@ struct Producer {
     }
   }
 };
-
-// What is computed from v is computed after all volatile instructions above: products are to be on their way first.
-__device__ __forceinline__ void not_before(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
-
-__device__ __forceinline__ uint32_t load_shared2(uint32_t address) {
-  uint16_t v;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
-  return v;
-}
-
-// While the tensor cores multiply tile i, tile i + 1 is expanded into the other register buffer and the codes of tile i + 2
-// are on their way from shared memory. A warp's own instructions are what a tile takes longest for: all that is the same for
-// every tile is computed before the loop, and tiles far from the end are not checked for being the last.
-template <class T, Operand kOperand, Format kFormat, int kTokens>
-__device__ __forceinline__ void consume16(const Ring<T>& ring, const Releaser& releaser, int tiles,
-                                          float (&acc)[kTokens / 2]) {
-  constexpr int kPerStage = T::kTilesPerStage, kUnroll = kPerStage < 2 ? 2 : kPerStage, kAhead = 2;
-  const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const uint32_t codes = ring.base + group * T::kWeightStage + codes_offset(slice, lane);
-  const uint32_t scales = ring.base + group * T::kWeightStage + scales_offset(kFormat, slice, lane);
-  const uint64_t tokens = token_descriptor<kTokens>(ring.base + T::kTokenOffset);
-  uint32_t a[2][4][4], raw_scales;
-  uint4 raw;
-  Cursor<T> read, multiplied;  // the stages of raw, and of what is multiplied
-  auto load = [&](int in_stage) {
-    if (in_stage == 0) barrier_wait(ring.full(read.stage), read.phase);
-    const uint32_t offset = read.stage * T::kStageBytes + in_stage * T::kWeightTile;
-    raw = load_shared16(codes + offset);
-    raw_scales = load_shared2(scales + offset);
-    if (in_stage == kPerStage - 1) read.next();
-  };
-  auto multiply = [&](int in_stage, uint32_t (&src)[4][4]) {
-    const uint64_t tile = tokens + (multiplied.stage * T::kStageBytes + in_stage * T::kTokenTile) / 16;
-    wgmma_fence();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) Wgmma<kOperand, kTokens>::run(acc, src[j], tile + j * kTokens * 2, 1);
-    wgmma_commit();
-  };
-  // Tile i, the u-th of an iteration.
-  auto step = [&](int i, int u, bool far_from_end) {
-    multiply(u % kPerStage, a[u & 1]);
-    wgmma_wait<1>();  // tile i - 1 has been multiplied: its registers and perhaps its stage are free
-    if (u % kPerStage == 0 && i > 0 && i + (T::kStages - 1) * kPerStage < tiles) {
-      releaser.release((multiplied.stage == 0 ? T::kStages : multiplied.stage) - 1);
-    }
-    if (u % kPerStage == kPerStage - 1) multiplied.next();
-    if (far_from_end || i + 1 < tiles) {
-      not_before(raw);
-      expand16<kOperand, kFormat>(raw, raw_scales, a[(u + 1) & 1]);
-    }
-    if (far_from_end || i + kAhead < tiles) load((u + kAhead) % kPerStage);
-  };
-
-  if (tiles == 0) return;
-  load(0);
-  expand16<kOperand, kFormat>(raw, raw_scales, a[0]);
-  if (tiles > 1) load(1 % kPerStage);
-  int i = 0;
-  for (; i + kUnroll - 1 + kAhead < tiles; i += kUnroll) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) step(i + u, u, true);
-  }
-  for (; i < tiles; i += kUnroll) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (i + u < tiles) step(i + u, u, false);
-    }
-  }
-  wgmma_wait<0>();
-}
-
-// Four 8 x 8 matrices of 16 bit, transposed: lane 8i + j has the address where column j of matrix i becomes a row.
-__device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&m)[2][2]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m[0][0]),
-               "r"(m[0][1]), "r"(m[1][0]), "r"(m[1][1])
-               : "memory");
-}
 
 // The E4M3 bytes of all codes under a prepared scale byte: table[byte].
 __device__ __forceinline__ uint2 load_table(uint32_t table, uint32_t byte) {
@@ -410,7 +311,7 @@ __device__ __forceinline__ void write(const GemmArgs& args, const ClusterPlace& 
 }
 
 template <Operand kOperand, Format kFormat, int kTokens>
-__device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlace place, const Items& items, bool experts) {
+__device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlace place, const Items& items) {
   using T = Traits<kOperand, kFormat, kTokens>;
   extern __shared__ uint8_t raw[];
   const GemmProblem& p = args.p;
@@ -458,7 +359,7 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
     const Releaser releaser(place, ring.empty(0));
     Cursor<T> at;
     for (int i = 0; i < (T::kItems ? items.count : 1); ++i) {
-      const int token_block = experts ? 0 : items.token_block(i);  // an expert's results start at its own first row
+      const int token_block = items.token_block(i);
       place.row_block = place.row_block_of(items.row_group(i));
       float acc[kTokens / 2];
 #pragma unroll
@@ -467,7 +368,7 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
         const int stages_after = T::kItems ? (items.count - 1 - i) * stages_for<T>(k.count) : 0;
         consume_e4m3<T, kTokens>(ring, releaser, k.count, stages_after, base + T::kTableOffset, at, acc);
       } else {
-        consume16<T, kOperand, kFormat, kTokens>(ring, releaser, k.count, acc);
+        consume16<T, kOperand, kFormat, kTokens>(ring, releaser, k.count, at, acc);
       }
       grid_dependency_wait();
       GemmArgs mine = args;
@@ -481,32 +382,13 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
 template <Operand kOperand, Format kFormat, int kTokens>
 __global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOperand, kTokens>::kBlocksPerSm)
     gemm_w4_kernel(const __grid_constant__ GemmArgs args) {
-  multiply_block<kOperand, kFormat, kTokens>(args, ClusterPlace(args, blockIdx.z), Items(args, kTokens), false);
+  multiply_block<kOperand, kFormat, kTokens>(args, ClusterPlace(args, blockIdx.z), Items(args, kTokens));
 }
 
-// Each tile of tokens has an expert's weights. Tiles beyond the last end at once.
 template <Operand kOperand, Format kFormat, int kTokens>
-__global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOperand, kTokens>::kBlocksPerSm)
-    gemm_w4_experts_kernel(const __grid_constant__ GemmArgs all) {
-  const Segment segment = load_segment(all.p.routing.segments, blockIdx.z);
-  if (segment.end < all.p.m) {
-    grid_dependency_wait();
-    zero_absent_rows(all.p, segment.end);
-  }
-  if (segment.rows == 0) return;
-  GemmArgs args = all;
-  take_segment(args.p, segment, tile_bytes(kFormat));
-  if (args.p.token_scale != nullptr) args.p.token_scale += segment.first * args.p.token_scale_stride;
-  multiply_block<kOperand, kFormat, kTokens>(args, ClusterPlace(args, blockIdx.y), Items(), true);
-}
-
-template <Operand kOperand, Format kFormat, int kTokens, bool kExperts = false>
 void launch(const GemmProblem& p, cudaStream_t stream) {
   using T = Traits<kOperand, kFormat, kTokens>;
-  const auto kernel = [] {
-    if constexpr (kExperts) return gemm_w4_experts_kernel<kOperand, kFormat, kTokens>;
-    else return gemm_w4_kernel<kOperand, kFormat, kTokens>;
-  }();
+  const auto kernel = gemm_w4_kernel<kOperand, kFormat, kTokens>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAloneSmem), "shared memory");
   static const Room room{count_clusters(kernel, T::kThreads, T::kSmem), count_clusters(kernel, T::kThreads, kAloneSmem)};
   // E4M3 has twice the tensor cores' rate, and of few tokens the expansion takes longer.
@@ -517,15 +399,6 @@ void launch(const GemmProblem& p, cudaStream_t stream) {
 
 template <Operand kOperand, Format kFormat>
 void dispatch_tokens(const GemmProblem& p, cudaStream_t stream) {
-  if constexpr (kOperand != Operand::kE4m3) {
-    if (p.routing.experts > 0) {
-      switch (p.token_tile) {
-        case 32: return launch<kOperand, kFormat, 32, true>(p, stream);
-        case 64: return launch<kOperand, kFormat, 64, true>(p, stream);
-        default: return launch<kOperand, kFormat, 128, true>(p, stream);
-      }
-    }
-  }
   switch (p.token_tile) {
     case 32: return launch<kOperand, kFormat, 32>(p, stream);
     case 64: return launch<kOperand, kFormat, 64>(p, stream);

@@ -6,8 +6,6 @@
 // weights as A and the tokens as its 8 columns, which costs the same for 1 token as for 8.
 //
 // For one or two tokens a launch costs more than rotating and quantizing them again in every block: run_gemv_fused does.
-//
-// Experts: a block has the rows of one tile of one expert, which it finds in the routing, and gathers their tokens.
 #include <algorithm>
 #include <type_traits>
 
@@ -17,7 +15,6 @@
 #include "gemm_parts.cuh"
 #include "mma_sm80.cuh"
 #include "pipeline_sm90.cuh"
-#include "routing.cuh"
 
 namespace fp4 {
 namespace {
@@ -58,39 +55,12 @@ struct TileSource {
   }
 };
 
-// Or single tokens: a lane copies one of the 8 pieces of each fourth token, and swaps the halves of odd ones.
-template <class S>
-struct GatherSource {
-  static constexpr int kLaneTokens = S::kTokens / 4;
-  const uint8_t* source[kLaneTokens];
-  uint32_t offset;  // of the lane's piece in a tile
-  int tokens;       // how many the lane has
-
-  __device__ __forceinline__ GatherSource(const GemmProblem& p, const Segment& segment, int first_tile) {
-    const int piece = threadIdx.x % 8, token = threadIdx.x % 32 / 8;
-    offset = token * 128 + (piece ^ (token % 2 * 4)) * 16;
-    tokens = (segment.rows - token + 3) / 4;
-#pragma unroll
-    for (int i = 0; i < kLaneTokens; ++i) {
-      const int row = segment.first + min(token + 4 * i, segment.rows - 1);
-      source[i] = static_cast<const uint8_t*>(p.x) +
-                  (static_cast<int64_t>(token_of(p.routing, row)) * p.k_tiles + first_tile) * 128 + piece * 16;
-    }
-  }
-  __device__ __forceinline__ void copy(uint32_t dst, int tile) const {
-#pragma unroll
-    for (int i = 0; i < kLaneTokens; ++i) {
-      if (i < tokens) copy_async16(dst + offset + i * 512, source[i] + tile * 128);
-    }
-  }
-};
-
 // This warp's part of K for every slice of the block: a ring of token tiles in shared memory. If all of the part fits, it
 // is read once; else it streams kRing - 1 tiles ahead.
-template <class S, class Source>
+template <class S>
 struct TokenRing {
   uint32_t base;
-  Source source;
+  TileSource<S> source;
   int count, steps;  // tiles; tiles rounded up to whole rounds of kAhead
   bool resident;
   int load_tile = 0, load_slot = 0, slot = 0;
@@ -160,20 +130,18 @@ __device__ __forceinline__ void prepare_tokens(const GemvArgs& args, float globa
   __syncthreads();
 }
 
-enum class Tokens { kPrepared, kFused, kRouted };
+enum class Tokens { kPrepared, kFused };
 
-// p: of the block's expert, if kTokens is kRouted.
-template <class S, Tokens kTokens>
-__device__ __forceinline__ void write_outputs(const GemmProblem& p, float factor, const Segment& segment,
-                                              const float* partial, int n0, float common_scale) {
+template <class S>
+__device__ __forceinline__ void write_outputs(const GemmProblem& p, float factor, const float* partial, int n0,
+                                              float common_scale) {
   for (int e = threadIdx.x; e < S::kTokens * S::kRows; e += S::kWarps * 32) {
     const int m = e / S::kRows, row = e % S::kRows, n = n0 + row;
     if (m >= p.m || n >= p.n) continue;
     float v = 0.0f;
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) v += partial[(w * S::kTokens + m) * (S::kRows + 4) + row];
-    const int token = kTokens == Tokens::kRouted && p.token_scale_stride > 0 ? token_of(p.routing, segment.first + m) : m;
-    const float token_scale = p.token_scale != nullptr ? p.token_scale[token * p.token_scale_stride] : common_scale;
+    const float token_scale = p.token_scale != nullptr ? p.token_scale[m * p.token_scale_stride] : common_scale;
     v *= (p.row_scale[n] * factor) * token_scale;
     const int64_t out = static_cast<int64_t>(m) * p.n + n;
     if (p.out_is_bf16) {
@@ -187,10 +155,10 @@ __device__ __forceinline__ void write_outputs(const GemmProblem& p, float factor
 }
 
 template <Operand kOperand, Format kFormat, class S, Tokens kTokens>
-__device__ __forceinline__ void multiply_slices(const GemvArgs& args, const GemmProblem& p, const Segment& segment) {
+__device__ __forceinline__ void multiply_slices(const GemvArgs& args) {
+  const GemmProblem& p = args.p;
   constexpr int kTileBytes = tile_bytes(kFormat);
   constexpr bool kFused = kTokens == Tokens::kFused;
-  constexpr int kParts = kTokens == Tokens::kRouted ? 1 : kMostParts;
   extern __shared__ __align__(16) uint8_t shared[];
   float* partial = reinterpret_cast<float*>(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -204,7 +172,7 @@ __device__ __forceinline__ void multiply_slices(const GemvArgs& args, const Gemm
     int slice;
   };
   auto unit_of = [&](int number) {
-    const GemmPart part = part_of<kParts>(p, S::kRows, number);
+    const GemmPart part = part_of(p, S::kRows, number);
     const int slice = number * S::kSlices;
     const uint8_t* tiles = part.weight + (static_cast<int64_t>(slice / 4) * p.k_tiles + first) * kTileBytes;
     return Unit{slice * 16 < part.n ? tiles : nullptr, slice % 4};
@@ -228,7 +196,7 @@ __device__ __forceinline__ void multiply_slices(const GemvArgs& args, const Gemm
   for (int u = 0; u < S::kAhead; ++u) fetch(u, unit, u);
   {
     int in_part = number;
-    const GemmPart part = part_of<kParts>(p, S::kRows, in_part);
+    const GemmPart part = part_of(p, S::kRows, in_part);
     prefetch_row_data<S::kRows>(part.row_scale, part.bias, in_part * S::kRows, part.n);
   }
   grid_dependency_wait();
@@ -241,13 +209,9 @@ __device__ __forceinline__ void multiply_slices(const GemvArgs& args, const Gemm
       const int bytes = p.m * 128;
       return ResidentTokens{smem_address(shared) + S::kPartialBytes + first * bytes, bytes, steps};
     } else {
-      using Source = std::conditional_t<kTokens == Tokens::kRouted, GatherSource<S>, TileSource<S>>;
-      const auto source = [&] {
-        if constexpr (kTokens == Tokens::kRouted) return Source(p, segment, first);
-        else return Source{static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(first) * S::kTokenBytes, p.m * 8};
-      }();
-      TokenRing<S, Source> tokens{smem_address(shared) + S::kPartialBytes + warp * S::kRing * S::kTokenBytes, source, count,
-                                  steps, steps <= S::kRing};
+      const TileSource<S> source{static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(first) * S::kTokenBytes, p.m * 8};
+      TokenRing<S> tokens{smem_address(shared) + S::kPartialBytes + warp * S::kRing * S::kTokenBytes, source, count,
+                          steps, steps <= S::kRing};
       tokens.begin();
       return tokens;
     }
@@ -293,8 +257,8 @@ __device__ __forceinline__ void multiply_slices(const GemvArgs& args, const Gemm
     __syncthreads();
     GemmProblem mine = p;
     int in_part = number;
-    static_cast<GemmPart&>(mine) = part_of<kParts>(p, S::kRows, in_part);
-    write_outputs<S, kTokens>(mine, args.factor, segment, partial, in_part * S::kRows, common_scale);
+    static_cast<GemmPart&>(mine) = part_of(p, S::kRows, in_part);
+    write_outputs<S>(mine, args.factor, partial, in_part * S::kRows, common_scale);
     number += gridDim.x;
     unit = unit_of(number);
     if (unit.tiles != nullptr) __syncthreads();
@@ -303,22 +267,7 @@ __device__ __forceinline__ void multiply_slices(const GemvArgs& args, const Gemm
 
 template <Operand kOperand, Format kFormat, class S, Tokens kTokens>
 __global__ void __launch_bounds__(S::kWarps * 32, 16 / S::kWarps) gemv_w4_kernel(const __grid_constant__ GemvArgs args) {
-  multiply_slices<kOperand, kFormat, S, kTokens>(args, args.p, {});
-}
-
-// Grid: y is the tile of rows, with the weights of its expert. Tiles beyond the last end at once.
-template <Operand kOperand, Format kFormat, class S>
-__global__ void __launch_bounds__(S::kWarps * 32, 16 / S::kWarps)
-    gemv_w4_experts_kernel(const __grid_constant__ GemvArgs args) {
-  const Segment segment = find_segment(args.p.routing, S::kTokens, blockIdx.y);
-  if (segment.end < args.p.m) {
-    grid_dependency_wait();
-    zero_absent_rows(args.p, segment.end);
-  }
-  if (segment.rows == 0) return;
-  GemmProblem p = args.p;
-  take_segment(p, segment, tile_bytes(kFormat));
-  multiply_slices<kOperand, kFormat, S, Tokens::kRouted>(args, p, segment);
+  multiply_slices<kOperand, kFormat, S, kTokens>(args);
 }
 
 float factor_of(Operand operand, Format format) {
@@ -346,17 +295,6 @@ void launch(const GemmProblem& p, const FusedTokens& fused, cudaStream_t stream,
                GemvArgs{p, factor_of(kOperand, kFormat), fused});
 }
 
-// Blocks stay for several slices: they fetch the next one's weights while they add up, and a tile's search for its expert
-// counts for all of them. Four were fastest for 8 and for 128 rows of 128 experts (benchmark_experts.py).
-template <Operand kOperand, Format kFormat, class S>
-void launch_experts(const GemmProblem& p, cudaStream_t stream) {
-  const auto kernel = gemv_w4_experts_kernel<kOperand, kFormat, S>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSmem), "shared memory");
-  const int units = ((p.n + 15) / 16 + S::kSlices - 1) / S::kSlices, rounds = p.split > 0 ? p.split : 4;
-  launch_after(kernel, dim3((units + rounds - 1) / rounds, p.routing.tiles), dim3(S::kWarps * 32), S::kSmem, 1, stream,
-               GemvArgs{p, factor_of(kOperand, kFormat), {}});
-}
-
 // Measured on an H100: few rows need 16 warps a block to fill the GPU, unless that leaves a second, partly filled round;
 // many rows are read fastest by blocks of 64 rows that stay.
 int variant_of(const GemmProblem& p) {
@@ -382,21 +320,8 @@ void dispatch_16(const GemmProblem& p, cudaStream_t stream) {
   }
 }
 
-// Few tiles of k are divided among four warps: with eight, most would have one.
-template <Operand kOperand, Format kFormat>
-void dispatch_experts(const GemmProblem& p, cudaStream_t stream) {
-  const bool few = p.k_tiles <= 16;
-  if (p.token_tile == 8) {
-    return few ? launch_experts<kOperand, kFormat, GemvShape<1, 2, 4, 4, 8>>(p, stream)
-               : launch_experts<kOperand, kFormat, GemvShape<1, 2, 8, 4, 8>>(p, stream);
-  }
-  return few ? launch_experts<kOperand, kFormat, GemvShape<2, 2, 4, 4, 4>>(p, stream)
-             : launch_experts<kOperand, kFormat, GemvShape<2, 2, 8, 4, 4>>(p, stream);
-}
-
 template <Operand kOperand, Format kFormat>
 void dispatch(const GemmProblem& p, const FusedTokens* fused, cudaStream_t stream) {
-  if (p.routing.experts > 0) return dispatch_experts<kOperand, kFormat>(p, stream);
   if (fused != nullptr) return dispatch_8<kOperand, kFormat, Tokens::kFused>(p, *fused, stream);
   if (p.token_tile == 8) return dispatch_8<kOperand, kFormat, Tokens::kPrepared>(p, {}, stream);
   dispatch_16<kOperand, kFormat>(p, stream);

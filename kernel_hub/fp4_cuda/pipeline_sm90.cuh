@@ -39,6 +39,9 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Shared memory that threads have written becomes visible to the tensor cores and the copy engine.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // The address in the cluster of what is at `local` in block `rank`.
 __device__ __forceinline__ uint32_t cluster_address(uint32_t local, uint32_t rank) {
   uint32_t remote;
@@ -81,6 +84,16 @@ __device__ __forceinline__ void bulk_copy_shared(uint32_t dst, const void* src, 
       "[%0], [%1], %2, [%3], %4, %5;" ::"r"(dst),
       "l"(src), "r"(bytes), "r"(barrier), "h"(blocks), "l"(policy)
       : "memory");
+}
+
+// Copies of 16 bytes by this thread, and the wait for all but the last kPending groups of them.
+__device__ __forceinline__ void copy_own16(uint32_t dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+__device__ __forceinline__ void commit_own() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_own() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 __device__ __forceinline__ uint64_t policy_evict_first() {

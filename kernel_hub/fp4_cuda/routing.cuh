@@ -5,6 +5,11 @@
 
 namespace fp4 {
 
+// Rows first..first + rows - 1 of the sorted rows, which `expert` gets; none if rows is 0.
+struct Segment {
+  int expert, first, rows;
+};
+
 // Past the caches of this multiprocessor: an earlier kernel may have written it while this one was being launched.
 __device__ __forceinline__ int load_integer(const void* p, bool is_64, int64_t i) {
   return is_64 ? static_cast<int>(__ldcg(static_cast<const long long*>(p) + i)) : __ldcg(static_cast<const int*>(p) + i);
@@ -21,7 +26,7 @@ template <int kLaneExperts = 4>
 __device__ __forceinline__ Segment find_segment(const Routing& r, int tile, int number) {
   const int lane = threadIdx.x % 32;
   auto offset = [&](int expert) { return load_integer(r.offsets, r.offsets_are_64, min(expert, r.experts)); };
-  Segment found{0, 0, 0, offset(r.experts)};
+  Segment found{0, 0, 0};
   int before = 0;
   for (int base = 0; base < r.experts; base += 32 * kLaneExperts) {
     int start[kLaneExperts + 1], tiles = 0;
@@ -61,27 +66,11 @@ __device__ __forceinline__ Segment find_segment(const Routing& r, int tile, int 
   return found;
 }
 
-__device__ __forceinline__ Segment load_segment(const Segment* segments, int number) {
-  const int4 v = __ldcg(reinterpret_cast<const int4*>(segments) + number);
-  return {v.x, v.y, v.z, v.w};
-}
-
-// The problem of one expert's tile: what is left of `p` is a product of m = rows of the tile.
-__device__ __forceinline__ void take_segment(GemmProblem& p, const Segment& s, int bytes_per_tile) {
-  p.weight += static_cast<int64_t>(s.expert) * ((p.n + 63) / 64) * p.k_tiles * bytes_per_tile;
-  p.row_scale += static_cast<int64_t>(s.expert) * p.n;
-  if (p.bias != nullptr) p.bias = static_cast<const uint16_t*>(p.bias) + static_cast<int64_t>(s.expert) * p.n;
-  p.out = static_cast<uint16_t*>(p.out) + static_cast<int64_t>(s.first) * p.n;
-  p.m = s.rows;
-}
-
-// Rows of no expert are zeros: rows from..p.m of the result, shared out among all blocks of the grid. p: of all experts.
-__device__ __forceinline__ void zero_absent_rows(const GemmProblem& p, int from) {
-  const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-  const int blocks = gridDim.x * gridDim.y * gridDim.z;
-  for (int row = from + block; row < p.m; row += blocks) {
-    uint4* out = reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + static_cast<int64_t>(row) * p.n);
-    for (int i = threadIdx.x; i < p.n / 8; i += blockDim.x) out[i] = make_uint4(0, 0, 0, 0);
+// Rows of no expert are zeros: rows from..to of out [to, n], shared out among the first `threads` of each block of the grid.
+__device__ __forceinline__ void zero_absent_rows(void* out, int n, int from, int to, int threads) {
+  for (int row = from + blockIdx.x; row < to; row += gridDim.x) {
+    uint4* p = reinterpret_cast<uint4*>(static_cast<uint16_t*>(out) + static_cast<int64_t>(row) * n);
+    for (int i = threadIdx.x; i < n / 8; i += threads) p[i] = make_uint4(0, 0, 0, 0);
   }
 }
 

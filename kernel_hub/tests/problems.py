@@ -91,12 +91,8 @@ EXPERT_SHAPES = [
 ]
 
 
-def expert_variants() -> list[int]:
-    """Values of grouped_linear's `variant`: 1000 * rows of a tile + slices of a block (up to 16), or the division."""
-    few = [1000 * tile + rounds for tile in (8, 16) for rounds in (0, 1, 2, 4)]
-    return few + [
-        1000 * tile + division for tile in (32, 64, 128) for division in (0, 1, 2, 3, 8, 21, 22, 41, 81)
-    ]
+# Values of grouped_linear's `tile`: rows of one expert that a block multiplies at a time.
+EXPERT_TILES = [8, 16, 32, 96]
 
 
 MODES = [

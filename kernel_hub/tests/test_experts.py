@@ -6,7 +6,7 @@ import pytest
 import reference as ref
 import torch
 from conftest import device_of
-from problems import EXPERT_SHAPES, FLOORS, MODES, ExpertShape, Mode, expert_variants
+from problems import EXPERT_SHAPES, EXPERT_TILES, FLOORS, MODES, ExpertShape, Mode
 from test_linear import check
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -94,8 +94,8 @@ def test_grouped_linear(kernels, shape, mode, gather):
 @pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("mode", [MODES[1], MODES[2], MODES[4], MODES[6]], ids=lambda m: m.id)
 @pytest.mark.parametrize("shape", EXPERT_SHAPES, ids=lambda s: s.id)
-def test_every_variant_gives_the_result(kernels, shape, mode, gather):
-    """Every tile and division of the work, also those that are not chosen for this shape; indices of 32 bits."""
+def test_every_tile_gives_the_result(kernels, shape, mode, gather):
+    """Every tile, also those that are not chosen for this shape; indices of 32 bits."""
     if kernels.backend_of(torch.get_default_device()) != "cuda":
         pytest.skip("CUDA kernels only")
     if shape.k % (mode.hadamard or 32):
@@ -106,21 +106,42 @@ def test_every_variant_gives_the_result(kernels, shape, mode, gather):
     operand = "fp16" if mode.activations == "bf16" and x.dtype == torch.float16 else "bf16"
     exact, limit = expected_of_all(x, index, offsets, weights, bias, mode, g)
 
-    def run(variant):
+    def run(tile):
         return linear.ops.grouped_linear(
             x, offsets.int(), None if index is None else index.int(), *prepared, bias, g, linear.OPERANDS[operand],
-            mode.activations == "fp4", mode.hadamard or 0, linear.RULES[mode.rule], variant,
+            mode.activations == "fp4", mode.hadamard or 0, linear.RULES[mode.rule], False, tile,
         )  # fmt: skip
 
     failed = []
-    for variant in expert_variants():
-        y = run(variant)
+    for tile in EXPERT_TILES:
+        y = run(tile)
         error = ref.relative_error(y, exact)
         if not error <= limit:
-            failed.append(f"{variant}: error {error:.2e}, limit {limit:.2e}")
-        elif not torch.equal(y, run(variant)):
-            failed.append(f"{variant}: two runs differ")
+            failed.append(f"{tile}: error {error:.2e}, limit {limit:.2e}")
+        elif not torch.equal(y, run(tile)):
+            failed.append(f"{tile}: two runs differ")
     assert not failed
+
+
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("mode", [MODES[0], MODES[1], MODES[2], MODES[4], MODES[9]], ids=lambda m: m.id)
+@pytest.mark.parametrize("shape", EXPERT_SHAPES, ids=lambda s: s.id)
+def test_gated_is_what_pytorch_makes_of_gate_and_up(kernels, shape, mode, gather):
+    if shape.k % (mode.hadamard or 32):
+        pytest.skip("the rotation does not divide K")
+    x, index, offsets, weights, bias, g = make(shape, mode, gather)
+    prepared = prepare(kernels, weights, mode.format)
+    gate_up = torch.cat([x, torch.randn_like(x)], -1)
+    gate, up = gate_up.chunk(2, -1)
+    inner = torch.nn.functional.silu(gate) * up
+    y, want = (
+        kernels.grouped_linear(
+            tokens, offsets, *prepared, bias, index=index, activations=mode.activations, hadamard=mode.hadamard,
+            rule=mode.rule, input_global_scale=g, gated=gated,
+        )
+        for tokens, gated in ((gate_up, True), (inner, False))
+    )  # fmt: skip
+    assert torch.equal(y, want)
 
 
 @pytest.mark.parametrize("mode", [MODES[0], MODES[2], MODES[4], MODES[9]], ids=lambda m: m.id)

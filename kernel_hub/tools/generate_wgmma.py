@@ -30,13 +30,20 @@ __device__ __forceinline__ uint64_t token_descriptor(uint32_t address) {
          (static_cast<uint64_t>(8) << 32);
 }
 
+// The same swizzled: of each token 128 bytes, 64 k, are contiguous, their 16-byte pieces at the places piece ^ token % 8; the
+// next 16 k are 32 bytes on. `address` is a multiple of 1024.
+__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (static_cast<uint64_t>(1) << 16) |
+         (static_cast<uint64_t>(64) << 32) | (static_cast<uint64_t>(1) << 62);
+}
+
 template <Operand kOperand, int kN>
 struct Wgmma;
 """
 
 KINDS = {
-    "kBf16": ("k16", "bf16", ", 1, 1, 0", (32, 64, 128, 256)),
-    "kFp16": ("k16", "f16", ", 1, 1, 0", (32, 64, 128, 256)),
+    "kBf16": ("k16", "bf16", ", 1, 1, 0", (8, 16, 32, 64, 96, 128, 256)),
+    "kFp16": ("k16", "f16", ", 1, 1, 0", (8, 16, 32, 64, 96, 128, 256)),
     "kE4m3": ("k32", "e4m3", ", 1, 1", (32, 64, 128)),
 }
 

@@ -389,12 +389,11 @@ std::vector<Tensor> prepared_linears(const Tensor& x, const std::vector<Tensor>&
   return out;
 }
 
-// Rows of a tile, by rows per expert on average. Up to 16: run_gemv.
+// Rows of a tile, by rows per expert on average.
 static int64_t expert_tile(int64_t rows, int64_t experts) {
   if (rows <= 4 * experts) return 8;
   if (rows <= 12 * experts) return 16;
-  if (rows <= 24 * experts) return 32;
-  return rows <= 512 * experts ? 64 : 128;
+  return rows <= 24 * experts ? 32 : 96;
 }
 
 static bool is_integer(const Tensor& t) {
@@ -402,8 +401,7 @@ static bool is_integer(const Tensor& t) {
          (t.scalar_type() == ScalarType::Long || t.scalar_type() == ScalarType::Int);
 }
 
-static fp4::Routing routing_of(const Tensor& offsets, const std::optional<Tensor>& index, int64_t experts, int64_t rows,
-                               int64_t tile) {
+static fp4::Routing routing_of(const Tensor& offsets, const std::optional<Tensor>& index, int64_t experts) {
   STD_TORCH_CHECK(is_integer(offsets) && offsets.numel() == experts + 1,
                   "offsets must be contiguous CUDA int64 or int32 [", experts + 1, "]");
   STD_TORCH_CHECK(!index.has_value() || is_integer(*index), "index must be contiguous CUDA int64 or int32 [S]");
@@ -413,88 +411,66 @@ static fp4::Routing routing_of(const Tensor& offsets, const std::optional<Tensor
   r.offsets_are_64 = offsets.scalar_type() == ScalarType::Long;
   r.index_is_64 = index.has_value() && index->scalar_type() == ScalarType::Long;
   r.experts = static_cast<int>(experts);
-  r.tiles = static_cast<int>(rows / tile + std::min(experts, rows));  // an expert with rows has at most one not full
-  STD_TORCH_CHECK(r.tiles < 65536, "at most 65535 tiles of ", tile, " rows, got ", r.tiles);
   return r;
 }
 
-// Tiles of rows for run_gemm_sm90. Rows of one token are rotated and quantized once: first to plain values, if any have to
-// be, then gathered.
-static std::tuple<Tensor, Tensor> gather_tiles(const Tensor& x, fp4::ActivationProblem p, const fp4::Routing& routing,
-                                               int64_t tile, int64_t rows, bool per_token, cudaStream_t stream) {
-  Tensor source = x, token_scale = new_tensor(x, {per_token ? p.m : p.quantize ? 1 : 0}, ScalarType::Float);
-  const auto scale_of = [](const Tensor& t) { return t.numel() > 0 ? static_cast<float*>(t.data_ptr()) : nullptr; };
-  p.token_scale = scale_of(token_scale);
-  if (routing.index != nullptr && (p.quantize || p.hadamard > 0)) {
-    source = new_tensor(x, {p.m, p.k}, p.quantize ? ScalarType::BFloat16 : x.scalar_type());
-    p.out = source.data_ptr();
-    p.plain = true;
-    fp4::run_activation(p, stream);
-    p.plain = p.quantize = false;
-    p.hadamard = 0;
-    p.x = source.data_ptr();
-    p.x_is_bf16 = source.scalar_type() == ScalarType::BFloat16;
-    p.token_scale = nullptr;
-    if (per_token) {
-      p.gathered_scale = scale_of(token_scale);
-      token_scale = new_tensor(x, {rows}, ScalarType::Float);
-      p.token_scale = scale_of(token_scale);
-    }
+// Tokens for run_experts, every one by itself: rotated and quantized once, however many experts it goes to.
+static fp4::ActivationProblem experts_activation(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
+                                                 bool quantize, int64_t hadamard, int64_t rule, bool gated) {
+  fp4::ActivationProblem a = activation_problem(x, global, format, hadamard, rule);
+  if (gated) {
+    const int64_t multiple = format == kNvfp4 ? 32 : 64;
+    STD_TORCH_CHECK(a.k % multiple == 0, "gated features must be a multiple of ", multiple, ", got ", a.k);
+    a.k /= 2;
+    a.k_padded = static_cast<int>(div_up(a.k, 64) * 64);
+    check_hadamard(hadamard, a.k);
   }
-  Tensor tokens = new_tensor(x, {routing.tiles * tile * p.k_padded * 2}, ScalarType::Byte);
-  p.routing = routing;
-  p.m = static_cast<int>(routing.tiles * tile);
-  p.token_tile = static_cast<int>(tile);
-  p.out = tokens.data_ptr();
-  fp4::run_activation(p, stream);
-  return {tokens, token_scale};
+  a.gated = gated;
+  a.quantize = quantize;
+  a.token_tile = 1;
+  a.experts = true;
+  return a;
 }
 
-// variant: 0, or for measuring 1000 * tile + GemmProblem::split.
+// tile: rows of a tile; 0, or for measuring and tests 8, 16, 32 or 96.
 Tensor grouped_linear(const Tensor& x, const Tensor& offsets, const std::optional<Tensor>& index, const Tensor& packed,
                       const Tensor& row_scale, const std::optional<Tensor>& bias, const std::optional<Tensor>& global,
-                      int64_t operand, bool quantize, int64_t hadamard, int64_t rule, int64_t variant) {
+                      int64_t operand, bool quantize, int64_t hadamard, int64_t rule, bool gated, int64_t tile) {
   const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   const int64_t format = format_of(packed), experts = experts_of(packed);
-  fp4::ActivationProblem a = activation_problem(x, global, format, hadamard, rule);
+  fp4::ActivationProblem a = experts_activation(x, global, format, quantize, hadamard, rule, gated);
   check_operand(a, operand, quantize);
   STD_TORCH_CHECK(packed.dim() == 4 && operand < kE4m3, "grouped_linear takes weights of experts, and 16-bit operands");
-  STD_TORCH_CHECK(div_up(a.k, 64) == packed.size(-2), "x has ", a.k, " features, the weights do not");
+  STD_TORCH_CHECK(a.k_padded == packed.size(-2) * 64, "x has ", a.k, " features, the weights do not");
   const int64_t rows = index.has_value() ? index->numel() : a.m;
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
-  fp4::GemmProblem p = gemm_problem(packed, row_scale, bias, rows, operand, out_is_bf16);
-  Tensor out = new_tensor(x, {rows, p.n}, x.scalar_type());
+  const fp4::GemmProblem g = gemm_problem(packed, row_scale, bias, rows, operand, out_is_bf16);
+  Tensor out = new_tensor(x, {rows, g.n}, x.scalar_type());
   if (rows == 0) return out;
-  const int64_t tile = variant > 0 ? variant / 1000 : expert_tile(rows, experts);
-  const bool per_token = quantize && format == kNvfp4 && !global.has_value(), few = tile <= kGemvTokens;
-  fp4::Routing routing = routing_of(offsets, index, experts, rows, tile);
-  Tensor tokens, token_scale, segments;
-  a.quantize = quantize;
-  if (few) {
-    tokens = new_tensor(x, {static_cast<int64_t>(a.m) * a.k_padded * 2}, ScalarType::Byte);
-    token_scale = new_tensor(x, {per_token ? a.m : quantize ? 1 : 0}, ScalarType::Float);
-    a.token_tile = 1;
-    a.natural = true;
-    a.routing.experts = routing.experts;
-    a.out = tokens.data_ptr();
-    a.token_scale = quantize ? static_cast<float*>(token_scale.data_ptr()) : nullptr;
-    fp4::run_activation(a, stream);
-  } else {
-    segments = new_tensor(x, {routing.tiles, 4}, ScalarType::Int);
-    routing.segments = static_cast<fp4::Segment*>(segments.data_ptr());
-    fp4::run_segments(routing, static_cast<int>(tile), stream);
-    std::tie(tokens, token_scale) = gather_tiles(x, a, routing, tile, rows, per_token, stream);
-  }
-  p.x = tokens.data_ptr();
-  p.out = out.data_ptr();
-  p.token_scale = quantize ? static_cast<const float*>(token_scale.data_ptr()) : nullptr;
+  const bool per_token = quantize && format == kNvfp4 && !global.has_value();
+  Tensor tokens = new_tensor(x, {static_cast<int64_t>(a.m) * a.k_padded * 2}, ScalarType::Byte);
+  Tensor token_scale = new_tensor(x, {per_token ? a.m : quantize ? 1 : 0}, ScalarType::Float);
+  a.out = tokens.data_ptr();
+  a.token_scale = quantize ? static_cast<float*>(token_scale.data_ptr()) : nullptr;
+  fp4::run_activation(a, stream);
+  fp4::ExpertsProblem p = {};
+  p.weight = g.weight;
+  p.row_scale = g.row_scale;
+  p.x = a.out;
+  p.token_scale = a.token_scale;
   p.token_scale_stride = per_token ? 1 : 0;
-  p.token_tile = static_cast<int>(tile);
-  p.split = static_cast<int>(variant % 1000);
-  p.routing = routing;
-  if (few) fp4::run_gemv(p, stream);
-  else fp4::run_gemm_sm90(p, stream);
+  p.bias = g.bias;
+  p.out = out.data_ptr();
+  p.out_is_bf16 = out_is_bf16;
+  p.rows = static_cast<int>(rows);
+  p.n = g.n;
+  p.k_tiles = g.k_tiles;
+  p.tile = static_cast<int>(tile > 0 ? tile : expert_tile(rows, experts));
+  p.format = g.format;
+  p.operand = g.operand;
+  p.routing = routing_of(offsets, index, experts);
+  fp4::run_experts(p, stream);
   return out;
 }
 
@@ -517,7 +493,7 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       " bool quantize, int hadamard, int rule) -> Tensor[]");
   ops.def(
       "grouped_linear(Tensor x, Tensor offsets, Tensor? index, Tensor packed, Tensor row_scale, Tensor? bias,"
-      " Tensor? global_scale, int operand, bool quantize, int hadamard, int rule, int variant) -> Tensor");
+      " Tensor? global_scale, int operand, bool quantize, int hadamard, int rule, bool gated, int tile) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {

@@ -25,4 +25,4 @@ std::vector<Tensor> prepared_linears(const Tensor& x, const std::vector<Tensor>&
                                      int64_t operand, bool quantize, int64_t hadamard, int64_t rule);
 Tensor grouped_linear(const Tensor& x, const Tensor& offsets, const std::optional<Tensor>& index, const Tensor& packed,
                       const Tensor& row_scale, const std::optional<Tensor>& bias, const std::optional<Tensor>& global,
-                      int64_t operand, bool quantize, int64_t hadamard, int64_t rule, int64_t variant);
+                      int64_t operand, bool quantize, int64_t hadamard, int64_t rule, bool gated, int64_t tile);

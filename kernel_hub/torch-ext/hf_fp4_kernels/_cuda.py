@@ -104,8 +104,8 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake(add_op_namespace_prefix("grouped_linear"))
     def _(
-        x, offsets, index, packed, row_scale, bias, global_scale, operand, quantize, hadamard, rule, variant
-    ):
+        x, offsets, index, packed, row_scale, bias, global_scale, operand, quantize, hadamard, rule, gated, tile
+    ):  # fmt: skip
         rows = x.numel() // x.shape[-1] if index is None else index.shape[0]
         return x.new_empty((rows, row_scale.shape[1]))
 

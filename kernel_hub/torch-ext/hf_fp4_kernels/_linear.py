@@ -119,14 +119,17 @@ def _cuda_linear(x, q, packed, row_scale, bias):
     return _cuda_linears(x, q, [packed], [row_scale], [bias])[0]
 
 
-def _cuda_grouped_linear(x, q, index, offsets, packed, row_scale, bias):
+def _cuda_grouped_linear(x, q, gated, index, offsets, packed, row_scale, bias):
     return ops.grouped_linear(
         x, offsets, index, packed, row_scale, bias, q.global_scale, OPERANDS[q.operand], q.quantize, q.hadamard,
-        q.rule, 0,
+        q.rule, gated, 0,
     )  # fmt: skip
 
 
-def _triton_grouped_linear(x, q, index, offsets, packed, row_scale, bias):
+def _triton_grouped_linear(x, q, gated, index, offsets, packed, row_scale, bias):
+    if gated:
+        gate, up = x.chunk(2, -1)
+        x = torch.nn.functional.silu(gate) * up
     tokens, token_scale = _triton.ops_prepare_activation(
         x, q.global_scale, q.format, q.quantize, q.hadamard, q.rule
     )
@@ -529,6 +532,7 @@ def grouped_linear(
     hadamard: int | None = None,
     rule: str = "absmax",
     input_global_scale: torch.Tensor | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
     """One linear of all experts of a layer, each on its rows: [S, N] in the dtype of x, FP32 accumulation.
 
@@ -536,14 +540,16 @@ def grouped_linear(
     index: int64 or int32 [S], the token that each row is, rows sorted by expert; None: S = T, the tokens as they are.
     offsets: int64 or int32 [E + 1], where each expert's rows start; rows after the last are zeros in the result.
     packed, row_scale: from `prepare_experts`; bias: [E, N] in the dtype of x. Others: as `linear`.
+    gated: x is [T, 2 K], gate and up of an MLP, and the tokens are silu(x[:, :K]) * x[:, K:], as PyTorch rounds them.
 
     The launches depend on shapes only, so a CUDA graph of it takes any routing.
     """
-    format = _format_of_packed(packed, row_scale, x.shape[-1])
-    q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8=False)
+    k = x.shape[-1] // 2 if gated else x.shape[-1]
+    format = _format_of_packed(packed, row_scale, k)
+    q = _quantization(x[..., :k], format, activations, hadamard, rule, input_global_scale, fp8=False)
     if offsets.shape[0] != packed.shape[0] + 1:
         raise ValueError(
             f"offsets must be [{packed.shape[0] + 1}] for {packed.shape[0]} experts, got {list(offsets.shape)}"
         )
     run = _cuda_grouped_linear if packed.dim() == 4 else _triton_grouped_linear
-    return run(x.contiguous(), q, index, offsets, packed, row_scale, bias)
+    return run(x.contiguous(), q, gated, index, offsets, packed, row_scale, bias)
