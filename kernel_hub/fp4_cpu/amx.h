@@ -58,98 +58,30 @@ struct AmxPanel : Bf16Operand {
   }
 };
 
-template <int kBit, int... kLane>
-INLINE void exchange(Ints& a, Ints& b, std::integer_sequence<int, kLane...>) {
-  const Ints first = __builtin_shuffle(a, b, Ints{(kLane & kBit ? kWidth + (kLane & ~kBit) : kLane)...});
-  b = __builtin_shuffle(a, b, Ints{(kLane & kBit ? kWidth + kLane : kLane | kBit)...});
-  a = first;
-}
-
-template <int kBit = 1>
-INLINE void transpose(Ints* rows) {
-  if constexpr (kBit < kWidth) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i)
-      if (!(i & kBit)) exchange<kBit>(rows[i], rows[i | kBit], std::make_integer_sequence<int, kWidth>());
-    transpose<2 * kBit>(rows);
-  }
-}
-
-constexpr int64_t kTileNumbers = 512;  // of bf16
-
-// Tokens of 16 features as tiles of B, and of A, which are their transposes.
-INLINE void pack_moments(const uint16_t* x, int64_t tokens, int64_t k, uint16_t* as_b, uint16_t* as_a) {
-  for (int64_t first = 0; first < tokens; first += 32, as_a += kTileNumbers) {
-    Ints rows[16];
-    for (int64_t i = 0; i < 16; ++i) {
-      const int64_t token = first + 2 * i;
-      const __m256i none = _mm256_setzero_si256();
-      const __m256i even = token < tokens ? load<__m256i>(x + token * k) : none;
-      const __m256i odd = token + 1 < tokens ? load<__m256i>(x + (token + 1) * k) : none;
-      rows[i] = (Ints)_mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+struct AmxMoments {
+  static void start() { configure_tiles(0, 0); }
+  static void stop() { _tile_release(); }
+  template <bool kTwoRows, bool kTwoColumns>
+  static void add(const uint16_t* a, const uint16_t* b, int64_t tiles, float* total, int64_t k) {
+    memory_is_current();
+    _tile_loadd(0, total, k * 4);
+    if (kTwoColumns) _tile_loadd(1, total + 16, k * 4);
+    if (kTwoRows) _tile_loadd(2, total + 16 * k, k * 4);
+    if (kTwoRows && kTwoColumns) _tile_loadd(3, total + 16 * k + 16, k * 4);
+    for (int64_t i = 0; i < tiles; ++i, a += kTileNumbers, b += kTileNumbers) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if (kTwoColumns) _tile_loadd(7, b + tiles * kTileNumbers, 64);
+      if (kTwoColumns) _tile_dpbf16ps(1, 4, 7);
+      if (kTwoRows) _tile_loadd(5, a + tiles * kTileNumbers, 64);
+      if (kTwoRows) _tile_dpbf16ps(2, 5, 6);
+      if (kTwoRows && kTwoColumns) _tile_dpbf16ps(3, 5, 7);
     }
-    if (as_b != nullptr) {
-      for (int64_t i = 0; i < 16; ++i) store(as_b + i * 32, rows[i]);
-      as_b += kTileNumbers;
-    }
-    transpose(rows);
-    for (int64_t i = 0; i < 16; ++i) store(as_a + i * 32, rows[i]);
+    _tile_stored(0, total, k * 4);
+    if (kTwoColumns) _tile_stored(1, total + 16, k * 4);
+    if (kTwoRows) _tile_stored(2, total + 16 * k, k * 4);
+    if (kTwoRows && kTwoColumns) _tile_stored(3, total + 16 * k + 16, k * 4);
+    memory_is_current();
   }
-}
-
-static void pack_moments(const Moments& m, int64_t begin, int64_t end) {
-  const int64_t size = m.token_tiles * kTileNumbers;
-  for (int64_t f = begin; f < end; ++f) {
-    pack_moments(m.x + f * 16, m.tokens, m.k, m.columns + f * size, m.rows + f * size);
-    if (m.original != nullptr) pack_moments(m.original + f * 16, m.tokens, m.k, nullptr, m.original_rows + f * size);
-  }
-}
-
-// total[32, 32], or [16, ...] without kTwoRows and [..., 16] without kTwoColumns, += a^T b
-template <bool kTwoRows, bool kTwoColumns>
-INLINE void add_tiles(const uint16_t* a, const uint16_t* b, int64_t tiles, float* total, int64_t k) {
-  memory_is_current();
-  _tile_loadd(0, total, k * 4);
-  if (kTwoColumns) _tile_loadd(1, total + 16, k * 4);
-  if (kTwoRows) _tile_loadd(2, total + 16 * k, k * 4);
-  if (kTwoRows && kTwoColumns) _tile_loadd(3, total + 16 * k + 16, k * 4);
-  for (int64_t i = 0; i < tiles; ++i, a += kTileNumbers, b += kTileNumbers) {
-    _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (kTwoColumns) _tile_loadd(7, b + tiles * kTileNumbers, 64);
-    if (kTwoColumns) _tile_dpbf16ps(1, 4, 7);
-    if (kTwoRows) _tile_loadd(5, a + tiles * kTileNumbers, 64);
-    if (kTwoRows) _tile_dpbf16ps(2, 5, 6);
-    if (kTwoRows && kTwoColumns) _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, total, k * 4);
-  if (kTwoColumns) _tile_stored(1, total + 16, k * 4);
-  if (kTwoRows) _tile_stored(2, total + 16 * k, k * 4);
-  if (kTwoRows && kTwoColumns) _tile_stored(3, total + 16 * k + 16, k * 4);
-  memory_is_current();
-}
-
-template <bool kTwoRows>
-INLINE void add_rows(const uint16_t* a, const Moments& m, float* total, int64_t columns) {
-  const int64_t size = m.token_tiles * kTileNumbers;
-  int64_t j = 0;
-  for (; j + 2 <= columns; j += 2) add_tiles<kTwoRows, true>(a, m.columns + j * size, m.token_tiles, total + j * 16, m.k);
-  if (j < columns) add_tiles<kTwoRows, false>(a, m.columns + j * size, m.token_tiles, total + j * 16, m.k);
-}
-
-static void add_moments(const Moments& m, int64_t begin, int64_t end) {
-  configure_tiles(0, 0);
-  const int64_t size = m.token_tiles * kTileNumbers, blocks = m.k / 16, pairs = (blocks + 1) / 2;
-  for (int64_t task = begin; task < end; ++task) {
-    // Later rows of a symmetric matrix have more columns: the first and the last in turns.
-    const int64_t first = 2 * (task % 2 == 0 ? task / 2 : pairs - 1 - task / 2);
-    const bool two = first + 1 < blocks;
-    const int64_t last = first * 16 + (two ? 31 : 15), stop = (last / m.panel + 1) * m.panel;
-    const int64_t columns = stop < m.k ? (stop + 15) / 16 : blocks;
-    const auto add = two ? add_rows<true> : add_rows<false>;
-    add(m.rows + first * size, m, m.second + first * 16 * m.k, columns);
-    if (m.original != nullptr) add(m.original_rows + first * size, m, m.cross + first * 16 * m.k, blocks);
-  }
-  _tile_release();
-}
+};

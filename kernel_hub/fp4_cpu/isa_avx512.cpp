@@ -59,6 +59,8 @@ struct Bf16Operand {
 
 using Bf16Panel = TokenByToken<Bf16Operand>;
 
+#include "moments.h"
+
 #pragma GCC target("amx-tile,amx-bf16")
 #include "amx.h"
 
@@ -83,7 +85,9 @@ const Kernels kAvx512Bf16 = {"avx512_bf16",
                              avx512::product<Bf16Product, avx512::Bf16Panel>,
                              avx512::solve,
                              avx512::descend,
-                             avx512::scales};
+                             avx512::scales,
+                             avx512::pack_moments,
+                             avx512::add_moments<avx512::DotMoments>};
 
 const Kernels kAmx = {"amx",
                       FloatProduct::kMost + 1,
@@ -94,7 +98,7 @@ const Kernels kAmx = {"amx",
                       avx512::descend,
                       avx512::scales,
                       avx512::pack_moments,
-                      avx512::add_moments};
+                      avx512::add_moments<avx512::AmxMoments>};
 
 }  // namespace fp4_cpu
 #endif
