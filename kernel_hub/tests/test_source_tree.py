@@ -20,6 +20,8 @@ BINDINGS = {path.name: path.read_text() for path in sorted((ROOT / "torch-ext").
 HEADERS = {path.name: path.read_text() for path in sorted((ROOT / "torch-ext").glob("torch_binding*.h"))}
 CPP_TYPES = {
     "const Tensor&": "Tensor",
+    "const std::vector<Tensor>&": "List[Tensor]",
+    "const std::vector<std::optional<Tensor>>&": "List[Optional[Tensor]]",
     "const std::optional<Tensor>&": "Optional[Tensor]",
     "int64_t": "int",
     "bool": "bool",
@@ -69,7 +71,7 @@ SCHEMAS = schemas()
 
 def cpp_functions(text):
     """(name, result, [(type, name)]) of every function of an op that ``text`` declares or defines."""
-    pattern = r"^(std::tuple<[^>]*>|std::string|Tensor|void) (\w+)\(([^)]*)\)"
+    pattern = r"^(std::tuple<[^>]*>|std::vector<Tensor>|std::string|Tensor|void) (\w+)\(([^)]*)\)"
     for result, name, parameters in re.findall(pattern, text, re.MULTILINE):
         if name in SCHEMAS:
             pairs = [" ".join(p.split()).rpartition(" ")[::2] for p in parameters.split(",") if p]

@@ -152,12 +152,9 @@ def add_moments(
     """
     tokens = [x] if original is None else [x, original]
     fit = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tokens)
-    if (
-        not fit
-        or x.shape[1] % 16
-        or not _cpu.is_compiled()
-        or _cpu.ops.cpu_isa() not in ("amx", "avx512_bf16")
-    ):
+    if not fit or x.shape[1] % 16 or not _cpu.is_compiled():
+        return False
+    if _cpu.ops.cpu_isa() not in ("amx", "avx512_bf16"):
         return False
     _cpu.ops.cpu_add_moments(second, cross, x, original, panel)
     return True
