@@ -45,9 +45,9 @@ struct Traits : Shape<kOperand, kTokens> {
   static constexpr int kWeightStage = S::kTilesPerStage * kWeightTile;  // of one warpgroup
   static constexpr int kTokenOffset = (kGroups * kWeightStage + 127) / 128 * 128;
   static constexpr int kStageBytes = kTokenOffset + S::kTilesPerStage * kTokenTile;
-  // Of consume16, which E4M3 does not use.
-  [[maybe_unused]] static constexpr int kWeightOffset = 0, kWeightStride = kStageBytes, kTokenStride = kStageBytes;
-  [[maybe_unused]] static constexpr bool kSwizzled = false, kEndless = false;
+  static constexpr int kWeightOffset = 0, kWeightStride = kStageBytes, kTokenStride = kStageBytes;
+  static constexpr bool kSwizzled = false, kEndless = false;  // of consume16
+  static_assert(kWeightOffset + kWeightStride == kTokenStride && !kSwizzled && !kEndless);  // read here at least: E4M3 does not
   static constexpr int kReduceStride = kRows + 4;  // what write_output reads
   static constexpr int kReduceBytes = kTokens * kReduceStride * 4;
   static constexpr int kRing = S::kStages * kStageBytes > kReduceBytes ? S::kStages * kStageBytes : kReduceBytes;
