@@ -48,6 +48,7 @@ struct Traits : Shape<kOperand, kTokens> {
   static constexpr int kStageBytes = kTokenOffset + S::kTilesPerStage * kTokenTile;
   static constexpr int kWeightOffset = 0, kWeightStride = kStageBytes, kTokenStride = kStageBytes;
   static constexpr bool kSwizzled = false, kEndless = false;  // of consume16
+  static_assert(kWeightOffset + kWeightStride == kTokenStride && !kSwizzled && !kEndless);  // read here at least: E4M3 does not
   static constexpr int kReduceStride = kRows + 4;  // what write_output reads
   static constexpr int kReduceBytes = kTokens * kReduceStride * 4;
   static constexpr int kRing = S::kStages * kStageBytes > kReduceBytes ? S::kStages * kStageBytes : kReduceBytes;
