@@ -116,7 +116,8 @@ def gates_by_silu(own: Any, layout: ExpertsLayout) -> bool:
     """Whether ``own`` makes silu(gate) * up of the output of `GATE_UP`, gate and up one after the other."""
     default = getattr(moe, "_default_apply_gate", None)
     plain = getattr(type(own), "_apply_gate", default) is default
-    return layout.gated and plain and isinstance(getattr(own, "act_fn", None), (nn.SiLU, SiLUActivation))
+    concatenated = layout.gated and layout.concatenated
+    return concatenated and plain and isinstance(getattr(own, "act_fn", None), (nn.SiLU, SiLUActivation))
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Projection(nn.Module):
         """Whether kernels make their input of gate and up ``x`` themselves. Not while somebody looks at that input."""
         watched = self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__
         stacked = self._stacked
-        return not watched and stacked is not None and stacked.gates and stacked.takes(x)
+        return not watched and stacked is not None and stacked.takes(x)
 
     def compute(self, routed: Routed) -> torch.Tensor:
         """`forward`, also while calibration has that redirected."""
@@ -235,9 +236,7 @@ class Projection(nn.Module):
                 layer.take_part(kernels, own, own_scale)
         bias = None if first.bias is None else joined("bias").detach()
         every = [layer for linears in found for layer in linears]
-        # The first packages do not take gate and up.
-        gates = "gated" in inspect.signature(kernels.module.grouped_linear).parameters
-        self._stacked = _Stacked(kernels, packed, row_scale, bias, every, gates)
+        self._stacked = _Stacked(kernels, packed, row_scale, bias, every)
         return True
 
     def unstack(self) -> None:
@@ -256,15 +255,13 @@ def _kind(linear: FP4Linear) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Stacked:
-    """Weights of one projection of all experts: uint8 [E, ...], float32 [E, N], bias [E, N]; its linears; and whether the
-    kernels take gate and up."""
+    """Weights of one projection of all experts: uint8 [E, ...], float32 [E, N], bias [E, N]; and its linears."""
 
     kernels: Kernels
     packed: torch.Tensor
     row_scale: torch.Tensor
     bias: torch.Tensor | None
     linears: list[FP4Linear]
-    gates: bool
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether the kernels can compute this; gradients and autocast are the linears' own affair."""
@@ -283,7 +280,7 @@ class _Stacked:
             self.row_scale,
             None if self.bias is None else self.bias.to(routed.tokens.dtype),
             index=routed.rows,
-            **({"gated": True} if routed.gated else {}),
+            gated=routed.gated,
             **input_arguments(layer.activation_scale_rule, layer.hadamard_size, layer.input_global_scale),
         )
 
