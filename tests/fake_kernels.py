@@ -133,7 +133,9 @@ def search_scales(weight, base, steps, format, global_scale=None, importance=Non
 def gptq_solve(columns, steps, inverse, upper):
     solved.append("solve")
     stacked = columns.dim() == 3
-    stack = zip(columns, steps, inverse, upper, strict=True) if stacked else [(columns, steps, inverse, upper)]
+    stack = (
+        zip(columns, steps, inverse, upper, strict=True) if stacked else [(columns, steps, inverse, upper)]
+    )
     solutions = [gptq._solve_columns(*each) for each in stack]
     return torch.stack(solutions) if stacked else solutions[0]
 
