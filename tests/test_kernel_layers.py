@@ -207,6 +207,16 @@ def test_an_interrupted_call_does_not_part_the_layers():
     assert torch.equal(block(x), expected) and len(fake_kernels.prepared) == 2
 
 
+def test_a_layer_that_is_never_called_is_not_computed_for_long():
+    """Blocks that take keys and values from another one have layers for them all the same."""
+    block = Attention()
+    use_kernels(block, SOURCE)
+    x = inputs(block.q_proj)
+    for _ in range(4):
+        assert torch.equal(block.q_proj(x), fake_kernels.reference(block.q_proj, x))
+    assert block.q_proj._shared._held is None and not block.q_proj._shared._together
+
+
 def test_a_layer_that_moved_away_is_left_to_itself():
     block = Attention()
     use_kernels(block, SOURCE)

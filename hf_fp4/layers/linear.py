@@ -308,11 +308,13 @@ class _SharedInput:
 
     Each of the others' is kept until its layer is called, and computed anew whenever it is not sure to be right: for another
     tensor or one that was written to, on another stream, and between what is captured in a CUDA graph and what is not.
-    Layers that turn out to be called on different tensors, as in cross-attention, are computed one by one from then on.
+    Layers that turn out to be called on different tensors, as in cross-attention, or not all, as where keys are shared with
+    another block, are computed one by one from then on.
     """
 
     def __init__(self, layers: list[FP4Linear]):
         self._layers, self._together = layers, True
+        self._left = 0  # calls one after the other whose results were not all taken; one may have been interrupted
         self._held: tuple[torch.Tensor, Any, dict[FP4Linear, torch.Tensor]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -327,8 +329,12 @@ class _SharedInput:
                 if held is x and its_moment == moment:
                     rest = {other: y for other, y in results.items() if other is not layer}
                     self._held = (x, moment, rest) if rest else None
+                    if self._left and not rest:  # not written for nothing: compiled code would do that after each call
+                        self._left = 0
                     return results[layer]
-                self._together, self._held = False, None
+                self._together = False
+            self._left, self._held = self._left + 1, None
+            self._together = self._together and self._left < 2
         if not self._together or not all(_runs_alike(other, layer) for other in self._layers):
             return None
         module: Any = layer.kernels.module
