@@ -314,7 +314,9 @@ class _SharedInput:
 
     def __init__(self, layers: list[FP4Linear]):
         self._layers, self._together = layers, True
-        self._left = 0  # calls one after the other whose results were not all taken; one may have been interrupted
+        self._left = (
+            0  # calls one after the other whose results were not all taken; one may have been interrupted
+        )
         self._held: tuple[torch.Tensor, Any, dict[FP4Linear, torch.Tensor]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -329,7 +331,9 @@ class _SharedInput:
                 if held is x and its_moment == moment:
                     rest = {other: y for other, y in results.items() if other is not layer}
                     self._held = (x, moment, rest) if rest else None
-                    if self._left and not rest:  # not written for nothing: compiled code would do that after each call
+                    if (
+                        self._left and not rest
+                    ):  # not written for nothing: compiled code would do that after each call
                         self._left = 0
                     return results[layer]
                 self._together = False
