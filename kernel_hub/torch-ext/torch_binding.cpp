@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 #include <algorithm>
 #include <array>
+#include <new>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +15,11 @@
 
 // Declared only where torch's headers were built with CUDA; the symbol is in every CUDA build of torch.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+// Vectors of compilers from GCC 11 on call it, and the libstdc++ of manylinux_2_28 has none.
+namespace std {
+[[noreturn]] void __throw_bad_array_new_length() { throw bad_alloc(); }
+}  // namespace std
 
 namespace {
 
