@@ -313,14 +313,17 @@ class _SharedInput:
     """
 
     def __init__(self, layers: list[FP4Linear]):
-        self._layers, self._together = layers, True
-        self._left = (
-            0  # calls one after the other whose results were not all taken; one may have been interrupted
-        )
+        self._layers = layers
+        # Calls one after the other whose results were not all taken. One may have been interrupted; two are the model's way.
+        self._left = 0
         self._held: tuple[torch.Tensor, Any, dict[FP4Linear, torch.Tensor]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # the copies' layers work one by one until `use_kernels` pairs them
+
+    @property
+    def _together(self) -> bool:
+        return self._left < 2
 
     def result_of(self, layer: FP4Linear, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """What ``layer`` makes of ``x`` in ``dtype``; None: it has to see to that itself."""
@@ -331,14 +334,12 @@ class _SharedInput:
                 if held is x and its_moment == moment:
                     rest = {other: y for other, y in results.items() if other is not layer}
                     self._held = (x, moment, rest) if rest else None
-                    if (
-                        self._left and not rest
-                    ):  # not written for nothing: compiled code would do that after each call
+                    # Not written for nothing: compiled code would do that after each call.
+                    if self._left and not rest:
                         self._left = 0
                     return results[layer]
-                self._together = False
+                self._left += 1  # the tensors differ: that is no interruption
             self._left, self._held = self._left + 1, None
-            self._together = self._together and self._left < 2
         if not self._together or not all(_runs_alike(other, layer) for other in self._layers):
             return None
         module: Any = layer.kernels.module
