@@ -129,15 +129,6 @@ __device__ __forceinline__ int quantize_mxfp4(const Chunk& c, ScaleRule rule, Ch
   return e;
 }
 
-__device__ __forceinline__ uint32_t pack16(float a, float b, __nv_bfloat16) {
-  __nv_bfloat162 p = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<uint32_t*>(&p);
-}
-__device__ __forceinline__ uint32_t pack16(float a, float b, __half) {
-  __half2 p = __floats2half2_rn(a, b);
-  return *reinterpret_cast<uint32_t*>(&p);
-}
-
 // 16 values, times s, into the layout of gemv_w4_mma.cu: `block` is the 64-block of k0, 8 pieces of 16 bytes a token.
 template <typename T>
 __device__ __forceinline__ void store_natural(uint4* block, int token, int k0, const Chunk& q, float s) {
@@ -146,7 +137,7 @@ __device__ __forceinline__ void store_natural(uint4* block, int token, int k0, c
   for (int h = 0; h < 2; ++h) {
     uint32_t w[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = pack16(q.v[8 * h + 2 * i] * s, q.v[8 * h + 2 * i + 1] * s, T());
+    for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(q.v[8 * h + 2 * i] * s, q.v[8 * h + 2 * i + 1] * s);
     out[(h ^ (token & 1)) * 4] = make_uint4(w[0], w[1], w[2], w[3]);
   }
 }

@@ -73,7 +73,7 @@ __device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token
   }
   uint32_t* out = reinterpret_cast<uint32_t*>(a.out) + block * (a.token_tile * 32) + row * 4 + (k0 / 16) % 4;
 #pragma unroll
-  for (int c = 0; c < 8; ++c) out[c * a.token_tile * 4] = pack16(q.v[2 * c] * s, q.v[2 * c + 1] * s, T());
+  for (int c = 0; c < 8; ++c) out[c * a.token_tile * 4] = pack_pair<T>(q.v[2 * c] * s, q.v[2 * c + 1] * s);
 }
 
 // Row-major E4M3 [M, K] for a library product.
@@ -99,7 +99,7 @@ __device__ __forceinline__ void store_plain(const ActivationArgs& a, int token, 
   if (k0 >= a.k) return;
   uint32_t w[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) w[i] = pack16(q.v[2 * i] * s, q.v[2 * i + 1] * s, T());
+  for (int i = 0; i < 8; ++i) w[i] = pack_pair<T>(q.v[2 * i] * s, q.v[2 * i + 1] * s);
   uint4* out = reinterpret_cast<uint4*>(static_cast<T*>(a.out) + static_cast<int64_t>(token) * a.k + k0);
   out[0] = make_uint4(w[0], w[1], w[2], w[3]);
   out[1] = make_uint4(w[4], w[5], w[6], w[7]);

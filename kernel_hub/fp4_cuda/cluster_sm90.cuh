@@ -73,19 +73,6 @@ __device__ __forceinline__ float token_scale_of(const GemmProblem& p, int token)
   return p.token_scale != nullptr ? p.token_scale[token * p.token_scale_stride] : 1.0f;
 }
 
-template <typename Out>
-__device__ __forceinline__ uint32_t pack_pair(float a, float b);
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float a, float b) {
-  __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<uint32_t*>(&v);
-}
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__half>(float a, float b) {
-  __half2 v = __floats2half2_rn(a, b);
-  return *reinterpret_cast<uint32_t*>(&v);
-}
-
 // Each of the blocks that divided K adds up and writes its share of the tokens x rows. `reduce` is where every one of them
 // has its own sums, float32 [kTokens][kRows + 4]. A thread takes 4 rows of the lower and of the upper half of a token's, so
 // that neighbouring lanes read neighbouring banks, and what it reads of kBatch tokens and kRanks blocks is on its way at once.
@@ -266,14 +253,11 @@ void launch_divided(Kernel kernel, const Room& room, const BlockCost& cost, int 
   const int most_share = token_blocks > 1 ? 4 : 1;  // with one tile of tokens it gained nothing
   const Division d = p.split > 0 ? division_of(p.split, room)
                                  : choose_division(room, cost, most_share, token_blocks, row_blocks, p.k_tiles);
-  const float factor = operand == Operand::kE4m3                                    ? kFactorE4m3
-                       : operand == Operand::kFp16 && format == Format::kMxfp4 ? 0.5f
-                                                                               : 1.0f;
   const int size = d.split * d.share, groups = (row_blocks + d.share - 1) / d.share;
   const bool some = takes_items && d.split == 1 && token_blocks * groups > room.shared[size];
   const dim3 grid = some ? dim3(size, 1, room.shared[size]) : dim3(size, token_blocks, groups);
   if (token_blocks * groups <= room.alone[size]) smem = kAloneSmem;
-  launch_after(kernel, grid, dim3(threads), smem, size, stream, GemmArgs{p, factor, d.split, token_blocks * groups});
+  launch_after(kernel, grid, dim3(threads), smem, size, stream, GemmArgs{p, factor_of(operand, format), d.split, token_blocks * groups});
 }
 
 }  // namespace fp4

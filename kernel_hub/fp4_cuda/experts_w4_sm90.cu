@@ -195,17 +195,6 @@ struct Releaser {
   }
 };
 
-template <typename Out>
-__device__ __forceinline__ uint32_t pack_results(float a, float b) {
-  if constexpr (std::is_same_v<Out, __nv_bfloat16>) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-    return *reinterpret_cast<const uint32_t*>(&v);
-  } else {
-    const __half2 v = __floats2half2_rn(a, b);
-    return *reinterpret_cast<const uint32_t*>(&v);
-  }
-}
-
 // What a warp's results are multiplied by and added to: of 16 output features n0.. of an expert, g and g + 8 of this lane;
 // token_scale: unless each token has one of its own.
 struct RowData {
@@ -254,8 +243,8 @@ __device__ __forceinline__ void write_item(const ExpertsArgs& args, const Item& 
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float* v = acc + 4 * (i + h) + 2 * r;
-        pairs[h][r] = pack_results<Out>(v[0] * (rows.scale[r] * token_scale[h][0]) + rows.bias[r],
-                                        v[1] * (rows.scale[r] * token_scale[h][1]) + rows.bias[r]);
+        pairs[h][r] = pack_pair<Out>(v[0] * (rows.scale[r] * token_scale[h][0]) + rows.bias[r],
+                                     v[1] * (rows.scale[r] * token_scale[h][1]) + rows.bias[r]);
       }
     const uint32_t buffer = staging + (kTokens > 16 ? i / 2 % 2 * 512 : 0);  // two in turn: one barrier of the warp is enough
     store_transposed(buffer + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, pairs);
@@ -349,9 +338,8 @@ void launch(const ExpertsProblem& p, cudaStream_t stream) {
   const int row_groups = (p.n + T::kRows - 1) / T::kRows;
   // An expert with rows has at most one tile that is not full.
   const int tiles = p.rows / kTokens + std::min(p.routing.experts, p.rows), items = tiles * row_groups;
-  const float factor = kOperand == Operand::kFp16 && kFormat == Format::kMxfp4 ? 0.5f : 1.0f;
   launch_after(kernel, dim3(std::min(items, multiprocessors() * T::kBlocksPerSm)), dim3(T::kThreads), T::kSmem, 1, stream,
-               ExpertsArgs{p, factor, row_groups, items});
+               ExpertsArgs{p, factor_of(kOperand, kFormat), row_groups, items});
 }
 
 template <Operand kOperand, Format kFormat>

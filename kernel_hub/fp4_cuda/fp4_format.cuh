@@ -87,6 +87,12 @@ constexpr int kZeroScaleNvfp4 = 152;
 constexpr int kTopScaleMxfp4 = 253;
 constexpr float kFactorE4m3 = 0.015625f;  // of results: a row's largest exponent is 6 in E4M3 weights
 
+// What results are multiplied by for the operand type, on top of row_scale.
+constexpr float factor_of(Operand operand, Format format) {
+  if (operand == Operand::kE4m3) return kFactorE4m3;
+  return operand == Operand::kFp16 && format == Format::kMxfp4 ? 0.5f : 1.0f;
+}
+
 __host__ __device__ inline int encode_scale_nvfp4(int e4m3) {
   const int e = (e4m3 >> 3) & 15, m = e4m3 & 7;
   if (e > 0) return (e4m3 & 127) + 16;
@@ -102,6 +108,20 @@ __host__ __device__ inline int decode_scale_nvfp4(int b) {
   if (b >= 16) return 4 + (b - 16) / 2;
   if (b >= 8) return 2 + (b - 8) / 4;
   return 1;
+}
+
+// Two values as a pair of 16-bit ones, `a` in the lower half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float a, float b);
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float a, float b) {
+  __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<uint32_t*>(&v);
+}
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__half>(float a, float b) {
+  __half2 v = __floats2half2_rn(a, b);
+  return *reinterpret_cast<uint32_t*>(&v);
 }
 
 // ---- Rounding -------------------------------------------------------------------------------------------------------

@@ -25,14 +25,6 @@ struct GemvArgs {
   FusedTokens fused;
 };
 
-__device__ __forceinline__ void copy_async16(uint32_t dst, const void* src) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
-}
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 // kColumns: blocks of 8 tokens. kSlices: 16-row slices that a block works on at a time. kAhead: tiles of weights in flight
 // per warp, in registers. kRing: tiles of tokens per warp in shared memory.
 template <int kColumns_, int kSlices_, int kWarps_, int kAhead_, int kRing_>
@@ -51,7 +43,7 @@ struct TileSource {
   int pieces;  // 16-byte pieces of a tile
 
   __device__ __forceinline__ void copy(uint32_t dst, int tile) const {
-    for (int i = threadIdx.x % 32; i < pieces; i += 32) copy_async16(dst + i * 16, source + tile * S::kTokenBytes + i * 16);
+    for (int i = threadIdx.x % 32; i < pieces; i += 32) copy_own16(dst + i * 16, source + tile * S::kTokenBytes + i * 16);
   }
 };
 
@@ -67,21 +59,21 @@ struct TokenRing {
 
   __device__ __forceinline__ void load_next() {
     if (load_tile < count) source.copy(base + load_slot * S::kTokenBytes, load_tile);
-    copy_commit();
+    commit_own();
     load_tile = load_tile + 1 == steps ? 0 : load_tile + 1;
     load_slot = load_slot + 1 == S::kRing ? 0 : load_slot + 1;
   }
   __device__ __forceinline__ void begin() {
     for (int i = 0; i < (resident ? steps : S::kRing - 1); ++i) load_next();
     if (resident) {
-      copy_wait<0>();
+      wait_own<0>();
       __syncwarp();
     }
   }
   // Shared-memory address of the next tile.
   __device__ __forceinline__ uint32_t next() {
     if (!resident) {
-      copy_wait<S::kRing - 2>();
+      wait_own<S::kRing - 2>();
       __syncwarp();
       load_next();
     }
@@ -268,10 +260,6 @@ __device__ __forceinline__ void multiply_slices(const GemvArgs& args) {
 template <Operand kOperand, Format kFormat, class S, Tokens kTokens>
 __global__ void __launch_bounds__(S::kWarps * 32, 16 / S::kWarps) gemv_w4_kernel(const __grid_constant__ GemvArgs args) {
   multiply_slices<kOperand, kFormat, S, kTokens>(args);
-}
-
-float factor_of(Operand operand, Format format) {
-  return operand == Operand::kFp16 && format == Format::kMxfp4 ? 0.5f : 1.0f;
 }
 
 // Blocks that stay for several units (slices of a block's rows), or one block per unit.
