@@ -150,20 +150,6 @@ fp4::GemmPart gemm_part(const Tensor& packed, const Tensor& row_scale, const std
           data_or_null(bias), nullptr, static_cast<int>(n)};
 }
 
-// Everything but the tokens and the output.
-fp4::GemmProblem gemm_problem(const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
-                              int64_t m, int64_t operand, bool out_is_bf16) {
-  fp4::GemmProblem p = {gemm_part(packed, row_scale, bias, out_is_bf16)};
-  p.parts = 1;
-  p.out_is_bf16 = out_is_bf16;
-  p.m = static_cast<int>(m);
-  p.k_tiles = static_cast<int>(packed.size(-2));
-  p.token_tile = static_cast<int>(token_tile(m));
-  p.format = static_cast<int>(format_of(packed));
-  p.operand = kernel_operand(operand);
-  return p;
-}
-
 // The weights of linears with the same input.
 struct Linears {
   const std::vector<Tensor>&packed, &row_scale;
@@ -180,8 +166,14 @@ struct Linears {
 fp4::GemmProblem gemm_problem(const Linears& linears, const Tensor& like, int64_t m, int64_t operand, bool out_is_bf16,
                               std::vector<Tensor>& out) {
   const std::vector<Tensor>& packed = linears.packed;
-  fp4::GemmProblem p = gemm_problem(packed[0], linears.row_scale[0], linears.bias[0], m, operand, out_is_bf16);
+  fp4::GemmProblem p = {};
   p.parts = static_cast<int>(packed.size());
+  p.out_is_bf16 = out_is_bf16;
+  p.m = static_cast<int>(m);
+  p.k_tiles = static_cast<int>(packed[0].size(-2));
+  p.token_tile = static_cast<int>(token_tile(m));
+  p.format = static_cast<int>(format_of(packed[0]));
+  p.operand = kernel_operand(operand);
   for (size_t i = 0; i < packed.size(); ++i) {
     STD_TORCH_CHECK(packed[i].dim() == 3, "weights of experts are for grouped_linear");
     STD_TORCH_CHECK(packed[i].size(-1) == packed[0].size(-1) && packed[i].size(-2) == packed[0].size(-2) &&
@@ -451,8 +443,8 @@ Tensor grouped_linear(const Tensor& x, const Tensor& offsets, const std::optiona
   const int64_t rows = index.has_value() ? index->numel() : a.m;
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
-  const fp4::GemmProblem g = gemm_problem(packed, row_scale, bias, rows, operand, out_is_bf16);
-  Tensor out = new_tensor(x, {rows, g.n}, x.scalar_type());
+  const fp4::GemmPart part = gemm_part(packed, row_scale, bias, out_is_bf16);
+  Tensor out = new_tensor(x, {rows, part.n}, x.scalar_type());
   if (rows == 0) return out;
   const bool per_token = quantize && format == kNvfp4 && !global.has_value();
   Tensor tokens = new_tensor(x, {static_cast<int64_t>(a.m) * a.k_padded * 2}, ScalarType::Byte);
@@ -461,20 +453,20 @@ Tensor grouped_linear(const Tensor& x, const Tensor& offsets, const std::optiona
   a.token_scale = quantize ? static_cast<float*>(token_scale.data_ptr()) : nullptr;
   fp4::run_activation(a, stream);
   fp4::ExpertsProblem p = {};
-  p.weight = g.weight;
-  p.row_scale = g.row_scale;
+  p.weight = part.weight;
+  p.row_scale = part.row_scale;
   p.x = a.out;
   p.token_scale = a.token_scale;
   p.token_scale_stride = per_token ? 1 : 0;
-  p.bias = g.bias;
+  p.bias = part.bias;
   p.out = out.data_ptr();
   p.out_is_bf16 = out_is_bf16;
   p.rows = static_cast<int>(rows);
-  p.n = g.n;
-  p.k_tiles = g.k_tiles;
+  p.n = part.n;
+  p.k_tiles = static_cast<int>(packed.size(-2));
   p.tile = static_cast<int>(tile > 0 ? tile : expert_tile(rows, experts));
-  p.format = g.format;
-  p.operand = g.operand;
+  p.format = static_cast<int>(format);
+  p.operand = kernel_operand(operand);
   p.routing = routing_of(offsets, index, experts);
   fp4::run_experts(p, stream);
   return out;
