@@ -32,28 +32,28 @@ struct Traits {
   static constexpr int kGroups = kTokens <= 16 ? 1 : kTokens == 32 ? 2 : 4;
   static constexpr int kBlocksPerSm = 4 / kGroups;
   // Accumulators of 96 tokens need more registers than an even share: the producers are then a whole warpgroup, which hands
-  // some of its own over.
+  // some of its own over, and of which one warp fetches weights and the others tokens. Else one warp does both.
   static constexpr bool kMoveRegisters = kTokens == 96;
   static constexpr int kConsumers = 128 * kGroups, kProducers = kMoveRegisters ? 128 : 32;
   static constexpr int kThreads = kConsumers + kProducers;
-  static constexpr int kLaneExperts = kMoveRegisters ? 2 : 4;  // of find_segment, which takes registers
-  static constexpr int kLaneTokens = kTokens * 8 / kProducers;  // of a producer
+  static constexpr int kTokenWarps = kMoveRegisters ? 3 : 1, kFirstTokenWarp = kMoveRegisters ? 1 : 0;  // of the producers
+  static constexpr int kLaneExperts = kMoveRegisters ? 2 : 4;         // of find_segment, which takes registers
+  static constexpr int kLaneTokens = kTokens / (4 * kTokenWarps);  // of a producer
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kWeightTile = tile_bytes(kFormat), kTokenTile = kTokens * kTileK * 2;
-  static constexpr int kTilesPerStage = kTokens == 96 ? 1 : 2;
-  static constexpr int kStages = kTokens == 16 ? 6 : kTokens == 32 ? 5 : 8;
+  static constexpr int kTilesPerStage = 2;
+  static constexpr int kStages = kTokens == 8 ? 8 : kTokens == 16 ? 6 : kTokens == 32 ? 5 : 4;
   static constexpr int kWeightStage = kTilesPerStage * kWeightTile;  // of one warpgroup
   static constexpr int kTokenOffset = 0, kTokenStride = kTilesPerStage * kTokenTile;
   static constexpr int kWeightOffset = kStages * kTokenStride, kWeightStride = kGroups * kWeightStage;
   static constexpr int kItems = kWeightOffset + kStages * kWeightStride;  // what begins in a stage, 16 bytes each
-  static constexpr int kCurrent = kItems + kStages * 16;                    // and what the producers are at
-  static constexpr int kBarriers = kCurrent + 16;
+  static constexpr int kBarriers = kItems + kStages * 16;
   static constexpr int kStaging = kBarriers + kStages * 16;
   static constexpr int kStagingWarp = kTokens <= 16 ? 512 : 1024;
   static constexpr int kSmem = kStaging + kConsumers / 32 * kStagingWarp + 1024;  // 1024: alignment
-  // Stages whose tokens a producer has on their way before it tells consumers of the first. Consumers wait for up to two
-  // stages after the one they multiply, which is not released yet: three more must be left.
-  static constexpr int kBehind = 2;
+  // Stages whose tokens a producer has on their way before it tells consumers of the first. Consumers wait for the stage
+  // after the one they multiply, which is not released yet; one more is released while they multiply.
+  static constexpr int kBehind = kStages > 4 ? 2 : 1;
   static_assert(kBehind <= kStages - 3 && kWeightOffset % 128 == 0 && kStaging % 16 == 0);
 };
 
@@ -72,12 +72,14 @@ __device__ __forceinline__ Item load_item(uint32_t address) {
   return {static_cast<int>(v.x), static_cast<int>(v.y), static_cast<int>(v.z), static_cast<int>(v.w)};
 }
 
-template <class T, int kTokens>
+// kWeights, kGathers: whether this warp fetches weights, and tokens.
+template <class T, int kTokens, bool kWeights, bool kGathers>
 struct Producer {
   const ExpertsArgs& args;
   const Ring<T>& ring;
-  Cursor<T> at, told;  // the stages that are filled next, and that consumers are told of next
+  Cursor<T> at, told;  // the stages that are filled next, and whose tokens consumers are told of next
   int behind;          // stages in between
+  Item item;
   uint32_t tokens[T::kLaneTokens];  // where this lane's are, one of each four: in units of 128 bytes
   int present;                      // how many of those there are
 
@@ -86,21 +88,23 @@ struct Producer {
     if (number >= args.items) return false;
     const Segment segment = find_segment<T::kLaneExperts>(args.p.routing, kTokens, number / args.row_groups);
     if (__shfl_sync(0xFFFFFFFFu, segment.rows, 0) == 0) return false;
-    const Item item{segment.expert, segment.first, segment.rows, number % args.row_groups};
-    if (threadIdx.x == T::kConsumers) item.store(ring.base + T::kCurrent);  // a register for each would be too many
-    const int token = first_token();
-    present = (item.rows - token + 3) / 4;
+    item = {segment.expert, segment.first, segment.rows, number % args.row_groups};
+    if constexpr (kGathers) {
+      const int token = first_token();
+      present = (item.rows - token + 3) / 4;
 #pragma unroll
-    for (int i = 0; i < T::kLaneTokens; ++i) {
-      tokens[i] = token_of(args.p.routing, item.first + min(4 * i + token, item.rows - 1)) * args.p.k_tiles;
+      for (int i = 0; i < T::kLaneTokens; ++i) {
+        tokens[i] = token_of(args.p.routing, item.first + min(4 * i + token, item.rows - 1)) * args.p.k_tiles;
+      }
     }
     return true;
   }
 
+  __device__ __forceinline__ bool is_leader() const { return threadIdx.x == T::kConsumers; }
+
   __device__ __forceinline__ void copy_weights(const Cursor<T>& c, int tile) const {
-    if (threadIdx.x != T::kConsumers) return;
+    if (!is_leader()) return;
     const ExpertsProblem& p = args.p;
-    const Item item = load_item(ring.base + T::kCurrent);
     const int tiles = min(T::kTilesPerStage, p.k_tiles - tile), row_tiles = (p.n + 63) / 64;
     if (tile == 0) item.store(ring.base + T::kItems + c.stage * 16);
     const uint64_t policy = kTokens <= 16 ? policy_evict_first() : policy_evict_last();  // read once, or by the next tile too
@@ -121,20 +125,19 @@ struct Producer {
     const uint32_t to = ring.base + T::kTokenOffset + at.stage * T::kTokenStride + first_token() * 128 +
                         (threadIdx.x % 8 ^ threadIdx.x % 32 / 8) * 16;
     const uint8_t* from = static_cast<const uint8_t*>(args.p.x) + static_cast<int64_t>(tile) * 128 + threadIdx.x % 8 * 16;
+    const bool two = tile + 1 < args.p.k_tiles;
+    static_assert(T::kTilesPerStage == 2);
 #pragma unroll
-    for (int u = 0; u < T::kTilesPerStage; ++u) {
-      if (tile + u >= args.p.k_tiles) break;
-#pragma unroll
-      for (int i = 0; i < T::kLaneTokens; ++i) {
-        if (i >= present) continue;
-        uint32_t token = tokens[i];
-        asm volatile("" : "+r"(token));  // addresses are computed anew each time: the producers have no registers to keep them
-        copy_own16((i % 2 == 0 ? to : to ^ 64) + u * T::kTokenTile + i * 512,
-                   from + static_cast<uint64_t>(token) * 128 + u * 128);
-      }
+    for (int i = 0; i < T::kLaneTokens; ++i) {
+      if (i >= present) continue;
+      uint32_t token = tokens[i];
+      asm volatile("" : "+r"(token));  // addresses are computed anew each time: the producers have no registers to keep them
+      const uint32_t place = (i % 2 == 0 ? to : to ^ 64) + i * 512;
+      const uint8_t* values = from + static_cast<uint64_t>(token) * 128;
+      copy_own16(place, values);
+      if (two) copy_own16(place + T::kTokenTile, values + 128);
     }
     commit_own();
-    at.next();
     if (behind == T::kBehind) tell<T::kBehind>();
     else ++behind;
   }
@@ -151,7 +154,7 @@ struct Producer {
 
   __device__ __forceinline__ int first_token() const {
     static_assert(T::kLaneTokens % 2 == 0);
-    return (threadIdx.x - T::kConsumers) / 32 * T::kLaneTokens * 4 + threadIdx.x % 32 / 8;
+    return ((threadIdx.x - T::kConsumers) / 32 - T::kFirstTokenWarp) * T::kLaneTokens * 4 + threadIdx.x % 32 / 8;
   }
 
   __device__ __forceinline__ void wait_empty() const { barrier_wait(ring.empty(at.stage), at.phase ^ 1); }
@@ -160,30 +163,30 @@ struct Producer {
   // older (wait_and_launch in activation_fp4_sm90.cu).
   __device__ void run() {
     const int k_tiles = args.p.k_tiles;
-    int number = blockIdx.x, tile = 0;
+    int number = blockIdx.x, early = 0;  // tiles of the first item whose weights are on their way
     bool more = begin_item(number);
-    if (more) {
-      Cursor<T> early = at;
-      const int end = min(k_tiles, T::kStages * T::kTilesPerStage);
-      for (int i = 0; i < end; i += T::kTilesPerStage, early.next()) copy_weights(early, i);
-      grid_dependency_wait();
-      for (; tile < end; tile += T::kTilesPerStage) copy_tokens(tile);
-    }
-    while (more) {
-      for (; tile < k_tiles; tile += T::kTilesPerStage) {
-        wait_empty();
-        copy_weights(at, tile);
-        copy_tokens(tile);
+    if (kWeights && kGathers && more) {
+      Cursor<T> stage = at;
+      for (; early < min(k_tiles, T::kStages * T::kTilesPerStage); early += T::kTilesPerStage, stage.next()) {
+        copy_weights(stage, early);
       }
-      more = begin_item(number += gridDim.x);
-      tile = 0;
+    }
+    if (kGathers) grid_dependency_wait();
+    for (; more; more = begin_item(number += gridDim.x), early = 0) {
+      for (int tile = 0; tile < k_tiles; tile += T::kTilesPerStage, at.next()) {
+        wait_empty();
+        if (kWeights && tile >= early) copy_weights(at, tile);
+        if (kGathers) copy_tokens(tile);
+      }
     }
     wait_empty();
-    if (threadIdx.x == T::kConsumers) {
+    if (kWeights && is_leader()) {
       Item{}.store(ring.base + T::kItems + at.stage * 16);
       barrier_arrive(ring.full(at.stage));
     }
-    for (++behind; behind > 0; --behind) tell<0>();  // the end is a stage too
+    if (kGathers) {
+      for (++behind; behind > 0; --behind) tell<0>();  // the end is a stage too
+    }
   }
 };
 
@@ -300,7 +303,7 @@ __global__ void __launch_bounds__(Traits<kFormat, kTokens>::kThreads, Traits<kFo
   grid_dependency_launch();
   if (threadIdx.x == T::kConsumers) {
     for (int s = 0; s < T::kStages; ++s) {
-      barrier_init(ring.full(s), 1 + T::kProducers / 32);  // the weights' bytes, and every producer's tokens
+      barrier_init(ring.full(s), 1 + T::kTokenWarps);  // the weights' bytes, and every warp's tokens
       barrier_init(ring.empty(s), T::kConsumers / 32);
     }
     barrier_init_fence();
@@ -308,9 +311,13 @@ __global__ void __launch_bounds__(Traits<kFormat, kTokens>::kThreads, Traits<kFo
   __syncthreads();
 
   if (warp >= T::kConsumers / 32) {
-    if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-    Producer<T, kTokens> producer{args, ring};
-    producer.run();
+    if constexpr (T::kMoveRegisters) {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+      if (warp == T::kConsumers / 32) Producer<T, kTokens, true, false>{args, ring}.run();
+      else Producer<T, kTokens, false, true>{args, ring}.run();
+    } else {
+      Producer<T, kTokens, true, true>{args, ring}.run();
+    }
   } else {
     if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
     const int end = load_integer(args.p.routing.offsets, args.p.routing.offsets_are_64, args.p.routing.experts);
