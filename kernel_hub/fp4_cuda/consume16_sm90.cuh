@@ -32,12 +32,6 @@ struct Cursor {
 // What is computed from v is computed after all volatile instructions above: products are to be on their way first.
 __device__ __forceinline__ void not_before(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
 
-__device__ __forceinline__ uint32_t load_shared2(uint32_t address) {
-  uint16_t v;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
-  return v;
-}
-
 // While the tensor cores multiply tile i, tile i + 1 is expanded into the other register buffer and the codes of tile i + 2
 // are on their way from shared memory. A warp's own instructions are what a tile takes longest for: all that is the same for
 // every tile is computed before the loop, and tiles far from the end are not checked for being the last.

@@ -1,9 +1,10 @@
 // y[M, N] = tokens x FP4 weight^T for a few tokens (M <= 16): bytes and latency are everything.
 //
-// A block owns 16 (or 32) output rows and all of K; its warps split K and add up in shared memory in a fixed order, so no
-// second pass and no cluster is needed. A warp streams prepared tiles straight into registers (one 16-byte load a lane is
-// 16 rows x 64 k), several tiles ahead and before the activation kernel has ended; mma.sync m16n8k16 multiplies, with the
-// weights as A and the tokens as its 8 columns, which costs the same for 1 token as for 8.
+// A block owns a few units of 16 to 64 output rows and all of K; its warps split K and add up in shared memory in a fixed
+// order, so no second pass and no cluster is needed. Each warp has a ring of its own, which bulk copies fill several tiles
+// ahead with weights, before the activation kernel has ended, and with tokens. (Loads into registers do not run ahead: the
+// compiler counts all of them with one scoreboard, so that a warp waits for the last one.) mma.sync m16n8k16 multiplies, with
+// the weights as A and the tokens as its 8 columns, which costs the same for 1 token as for 8.
 //
 // For one or two tokens a launch costs more than rotating and quantizing them again in every block: run_gemv_fused does.
 #include <algorithm>
@@ -22,76 +23,38 @@ namespace {
 struct GemvArgs {
   GemmProblem p;
   float factor;
+  int units;  // of all linears
   FusedTokens fused;
 };
 
-// kColumns: blocks of 8 tokens. kSlices: 16-row slices that a block works on at a time. kAhead: tiles of weights in flight
-// per warp, in registers. kRing: tiles of tokens per warp in shared memory.
-template <int kColumns_, int kSlices_, int kWarps_, int kAhead_, int kRing_>
+// kColumns: blocks of 8 tokens. kSlices: 16-row slices of a unit. kStages: tiles of a warp's ring. kBlocks: so many at a time
+// on a multiprocessor and no more: where there was room for others, those of the next kernel would not spread evenly.
+template <int kColumns_, int kSlices_, int kWarps_, int kStages_, int kBlocks_>
 struct GemvShape {
-  static constexpr int kColumns = kColumns_, kSlices = kSlices_, kWarps = kWarps_, kAhead = kAhead_, kRing = kRing_;
+  static constexpr int kColumns = kColumns_, kSlices = kSlices_, kWarps = kWarps_, kStages = kStages_, kBlocks = kBlocks_;
   static constexpr int kRows = 16 * kSlices, kTokens = 8 * kColumns;
-  static constexpr int kTokenBytes = kTokens * 128;  // 64 k
-  static constexpr int kPartialBytes = kWarps * kTokens * (kRows + 4) * 4;
-  static constexpr int kSmem = kPartialBytes + kWarps * kRing * kTokenBytes;
+  static constexpr int kTokenBytes = kTokens * 128;  // of 64 k, prepared
+  static constexpr int kRowStride = kRows + 4;       // of a token's partial sums
 };
 
-// Where the tokens of a warp's part of K come from: a tile of the activation kernel.
-template <class S>
-struct TileSource {
-  const uint8_t* source;
-  int pieces;  // 16-byte pieces of a tile
+enum class Tokens { kPrepared, kFused };
 
-  __device__ __forceinline__ void copy(uint32_t dst, int tile) const {
-    for (int i = threadIdx.x % 32; i < pieces; i += 32) copy_own16(dst + i * 16, source + tile * S::kTokenBytes + i * 16);
-  }
-};
+constexpr int kMultiprocessorBytes = 228 << 10, kBlockBytes = 1 << 10;  // of shared memory; what the system takes of a block's
 
-// This warp's part of K for every slice of the block: a ring of token tiles in shared memory. If all of the part fits, it
-// is read once; else it streams kRing - 1 tiles ahead.
-template <class S>
-struct TokenRing {
-  uint32_t base;
-  TileSource<S> source;
-  int count, steps;  // tiles; tiles rounded up to whole rounds of kAhead
-  bool resident;
-  int load_tile = 0, load_slot = 0, slot = 0;
-
-  __device__ __forceinline__ void load_next() {
-    if (load_tile < count) source.copy(base + load_slot * S::kTokenBytes, load_tile);
-    commit_own();
-    load_tile = load_tile + 1 == steps ? 0 : load_tile + 1;
-    load_slot = load_slot + 1 == S::kRing ? 0 : load_slot + 1;
-  }
-  __device__ __forceinline__ void begin() {
-    for (int i = 0; i < (resident ? steps : S::kRing - 1); ++i) load_next();
-    if (resident) {
-      wait_own<0>();
-      __syncwarp();
-    }
-  }
-  // Shared-memory address of the next tile.
-  __device__ __forceinline__ uint32_t next() {
-    if (!resident) {
-      wait_own<S::kRing - 2>();
-      __syncwarp();
-      load_next();
-    }
-    const uint32_t address = base + slot * S::kTokenBytes;
-    slot = slot + 1 == (resident ? steps : S::kRing) ? 0 : slot + 1;
-    return address;
-  }
-};
-
-// All of K of a few tokens, which this block has prepared itself; tiles of `bytes`.
-struct ResidentTokens {
-  uint32_t base;
-  int bytes, steps;
-  int slot = 0;
-  __device__ __forceinline__ uint32_t next() {
-    const uint32_t address = base + slot * bytes;
-    slot = slot + 1 == steps ? 0 : slot + 1;
-    return address;
+// Shared memory: each warp's ring, the rings' barriers, fused tokens, and twice every warp's partial sums.
+template <class S, Format kFormat, Tokens kTokens>
+struct Places {
+  static constexpr int kWeights = S::kSlices * (tile_bytes(kFormat) / kSlicesPerTile);
+  int stage, barriers, tokens, partial, end;
+  __host__ __device__ __forceinline__ Places(int m, int k_tiles) {
+    const bool fused = kTokens == Tokens::kFused;
+    stage = kWeights + (fused ? 0 : m * 128);
+    barriers = S::kWarps * S::kStages * stage;
+    tokens = barriers + (S::kWarps * S::kStages * 8 + 15) / 16 * 16;
+    partial = tokens + (fused ? k_tiles * m * 128 : 0);
+    end = partial + 2 * S::kWarps * m * S::kRowStride * 4;
+    const int most = (kMultiprocessorBytes / (S::kBlocks + 1) - kBlockBytes) / 128 * 128;  // that one more block could have
+    end = end > most ? end : most + 128;
   }
 };
 
@@ -122,17 +85,16 @@ __device__ __forceinline__ void prepare_tokens(const GemvArgs& args, float globa
   __syncthreads();
 }
 
-enum class Tokens { kPrepared, kFused };
-
+// partial: [warps, m, kRowStride].
 template <class S>
 __device__ __forceinline__ void write_outputs(const GemmProblem& p, float factor, const float* partial, int n0,
                                               float common_scale) {
-  for (int e = threadIdx.x; e < S::kTokens * S::kRows; e += S::kWarps * 32) {
+  for (int e = threadIdx.x; e < p.m * S::kRows; e += S::kWarps * 32) {
     const int m = e / S::kRows, row = e % S::kRows, n = n0 + row;
-    if (m >= p.m || n >= p.n) continue;
+    if (n >= p.n) continue;
     float v = 0.0f;
 #pragma unroll
-    for (int w = 0; w < S::kWarps; ++w) v += partial[(w * S::kTokens + m) * (S::kRows + 4) + row];
+    for (int w = 0; w < S::kWarps; ++w) v += partial[(w * p.m + m) * S::kRowStride + row];
     const float token_scale = p.token_scale != nullptr ? p.token_scale[m * p.token_scale_stride] : common_scale;
     v *= (p.row_scale[n] * factor) * token_scale;
     const int64_t out = static_cast<int64_t>(m) * p.n + n;
@@ -146,97 +108,140 @@ __device__ __forceinline__ void write_outputs(const GemmProblem& p, float factor
   }
 }
 
-template <Operand kOperand, Format kFormat, class S, Tokens kTokens>
-__device__ __forceinline__ void multiply_slices(const GemvArgs& args) {
-  const GemmProblem& p = args.p;
-  constexpr int kTileBytes = tile_bytes(kFormat);
-  constexpr bool kFused = kTokens == Tokens::kFused;
-  extern __shared__ __align__(16) uint8_t shared[];
-  float* partial = reinterpret_cast<float*>(shared);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int first = p.k_tiles * warp / S::kWarps, count = p.k_tiles * (warp + 1) / S::kWarps - first;
-  const int most = (p.k_tiles + S::kWarps - 1) / S::kWarps;
-  const int steps = (most + S::kAhead - 1) / S::kAhead * S::kAhead;
+// What lane 0 of a warp fetches: the tiles of the warp's part of K, of one of the block's units after the other.
+template <class S, Format kFormat, Tokens kTokens>
+struct Feed {
+  const GemvArgs& args;
+  int first, count;  // the part of K
+  uint32_t ring, barriers;
+  int stage_bytes, left;  // tiles that are not fetched yet
+  int number = blockIdx.x, tile = 0, slot = 0;
+  const uint8_t* codes = nullptr;  // of the unit's first tile
+  int scales = 0;                  // from there on
 
-  // This warp's tiles of a unit, which is kSlices slices of a tile of 64 rows; null past the last unit.
-  struct Unit {
-    const uint8_t* tiles;
-    int slice;
-  };
-  auto unit_of = [&](int number) {
-    const GemmPart part = part_of(p, S::kRows, number);
-    const int slice = number * S::kSlices;
-    const uint8_t* tiles = part.weight + (static_cast<int64_t>(slice / 4) * p.k_tiles + first) * kTileBytes;
-    return Unit{slice * 16 < part.n ? tiles : nullptr, slice % 4};
-  };
-  uint4 w[S::kAhead][S::kSlices];
-  uint32_t s[S::kAhead][S::kSlices];
-  auto fetch = [&](int u, const Unit& unit, int i) {
-    if (i >= count || unit.tiles == nullptr) return;
-    const uint8_t* tile = unit.tiles + i * kTileBytes;
-#pragma unroll
-    for (int r = 0; r < S::kSlices; ++r) {
-      w[u][r] = load_stream16(tile + codes_offset(unit.slice + r, lane));
-      s[u][r] = load_stream2(tile + scales_offset(kFormat, unit.slice + r, lane));
+  __device__ __forceinline__ void begin_unit() {
+    int in_part = number;
+    const GemmPart part = part_of(args.p, S::kRows, in_part);
+    const int slice = in_part * S::kSlices % kSlicesPerTile;
+    const int64_t at = static_cast<int64_t>(in_part * S::kSlices / kSlicesPerTile) * args.p.k_tiles + first;
+    codes = part.weight + at * tile_bytes(kFormat) + codes_offset(slice, 0);
+    scales = scales_offset(kFormat, slice, 0) - codes_offset(slice, 0);
+  }
+  __device__ __forceinline__ uint32_t barrier() const { return barriers + slot * 8; }
+  __device__ __forceinline__ void copy_weights() const {
+    constexpr int kCodes = S::kSlices * kSliceCodeBytes, kWeights = Places<S, kFormat, kTokens>::kWeights;
+    const uint32_t stage = ring + slot * stage_bytes;
+    const uint8_t* from = codes + tile * tile_bytes(kFormat);
+    const uint64_t once = policy_evict_first();
+    barrier_expect(barrier(), stage_bytes);
+    if constexpr (S::kSlices == kSlicesPerTile) {
+      bulk_copy(stage, from, kWeights, barrier(), once);
+    } else {
+      bulk_copy(stage, from, kCodes, barrier(), once);
+      bulk_copy(stage + kCodes, from + scales, kWeights - kCodes, barrier(), once);
     }
-  };
+  }
+  __device__ __forceinline__ void copy_tokens() const {
+    if constexpr (kTokens == Tokens::kPrepared) {
+      const int64_t from = static_cast<int64_t>(first + tile) * S::kTokenBytes;
+      bulk_copy(ring + slot * stage_bytes + Places<S, kFormat, kTokens>::kWeights, static_cast<const uint8_t*>(args.p.x) + from,
+                args.p.m * 128, barrier(), policy_evict_last());
+    }
+  }
+  __device__ __forceinline__ void next() {
+    slot = slot + 1 == S::kStages ? 0 : slot + 1;
+    if (--left > 0 && ++tile == count) {
+      tile = 0;
+      number += gridDim.x;
+      begin_unit();
+    }
+  }
+};
+
+template <Operand kOperand, Format kFormat, class S, Tokens kTokens>
+__global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(const __grid_constant__ GemvArgs args) {
+  const GemmProblem& p = args.p;
+  constexpr bool kFused = kTokens == Tokens::kFused;
+  extern __shared__ __align__(128) uint8_t shared[];
+  const Places<S, kFormat, kTokens> places(p.m, p.k_tiles);
+  const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
+  const int g = lane / 4, t = lane % 4;
+  const int first = p.k_tiles * warp / S::kWarps, count = p.k_tiles * (warp + 1) / S::kWarps - first;
+  const int units = (args.units - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+  const uint32_t base = smem_address(shared), ring = base + warp * S::kStages * places.stage;
+  const uint32_t barriers = base + places.barriers + warp * S::kStages * 8;
 
   grid_dependency_launch();
-  int number = blockIdx.x;
-  Unit unit = unit_of(number);
-#pragma unroll
-  for (int u = 0; u < S::kAhead; ++u) fetch(u, unit, u);
+  Feed<S, kFormat, kTokens> feed{args, first, count, ring, barriers, places.stage, units * count};
+  const int early = min(feed.left, S::kStages);
+  feed.begin_unit();
+  if (lane == 0) {
+    for (int i = 0; i < S::kStages; ++i) barrier_init(barriers + i * 8, 1);
+    barrier_init_fence();
+    Feed<S, kFormat, kTokens> weights = feed;
+    for (int i = 0; i < early; ++i, weights.next()) weights.copy_weights();
+  }
   {
-    int in_part = number;
+    int in_part = blockIdx.x;
     const GemmPart part = part_of(p, S::kRows, in_part);
     prefetch_row_data<S::kRows>(part.row_scale, part.bias, in_part * S::kRows, part.n);
   }
   grid_dependency_wait();
   float common_scale = 1.0f;  // of all tokens
-  auto ring = [&] {
-    if constexpr (kFused) {
-      const float global = args.fused.global != nullptr ? *args.fused.global : 1.0f;
-      common_scale = __fdiv_rn(1.0f, global);
-      prepare_tokens<kOperand, kFormat>(args, global, reinterpret_cast<uint4*>(shared + S::kPartialBytes));
-      const int bytes = p.m * 128;
-      return ResidentTokens{smem_address(shared) + S::kPartialBytes + first * bytes, bytes, steps};
-    } else {
-      const TileSource<S> source{static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(first) * S::kTokenBytes, p.m * 8};
-      TokenRing<S> tokens{smem_address(shared) + S::kPartialBytes + warp * S::kRing * S::kTokenBytes, source, count,
-                          steps, steps <= S::kRing};
-      tokens.begin();
-      return tokens;
-    }
-  }();
-  const int token = kFused ? min(g, p.m - 1) : g;  // of this lane; results of a token past the last are dropped
-  const uint32_t lane_tokens = token * 128 + (token & 1) * 64 + t * 16;
+  if constexpr (kFused) {
+    const float global = args.fused.global != nullptr ? *args.fused.global : 1.0f;
+    common_scale = __fdiv_rn(1.0f, global);
+    prepare_tokens<kOperand, kFormat>(args, global, reinterpret_cast<uint4*>(shared + places.tokens));
+  }
+  if (lane == 0) {
+    for (int i = 0; i < early; ++i, feed.next()) feed.copy_tokens();
+  }
+  __syncwarp();  // barriers are there
+  uint32_t lane_tokens[S::kColumns];  // those past the last read that one; their results are dropped
+#pragma unroll
+  for (int c = 0; c < S::kColumns; ++c) {
+    const int token = min(8 * c + g, p.m - 1);
+    lane_tokens[c] = token * 128 + (token & 1) * 64 + t * 16;
+  }
 
-  while (unit.tiles != nullptr) {
+  int slot = 0, number = blockIdx.x;
+  uint32_t phase = 0;
+  float* partial = reinterpret_cast<float*>(shared + places.partial);
+  float* other_partial = partial + S::kWarps * p.m * S::kRowStride;
+  for (; number < args.units; number += gridDim.x) {
     float acc[S::kSlices][S::kColumns][4] = {};
-    for (int base = 0; base < steps; base += S::kAhead) {
+    for (int i = 0; i < count; ++i) {
+      const uint32_t stage = ring + slot * places.stage;
+      const uint32_t tokens = kFused ? base + places.tokens + (first + i) * p.m * 128 : stage + places.kWeights;
+      barrier_wait(barriers + slot * 8, phase);
+      uint32_t b[S::kColumns][8];
 #pragma unroll
-      for (int u = 0; u < S::kAhead; ++u) {
-        const uint32_t tokens = ring.next() + lane_tokens;
-        if (base + u < count) {
-          uint32_t b[S::kColumns][8];
+      for (int c = 0; c < S::kColumns; ++c) {
+        const uint32_t at = tokens + lane_tokens[c];
+        const uint4 lo = load_shared16(at), hi = load_shared16(tokens + (lane_tokens[c] ^ 64));
+        b[c][0] = lo.x, b[c][1] = lo.y, b[c][2] = lo.z, b[c][3] = lo.w;
+        b[c][4] = hi.x, b[c][5] = hi.y, b[c][6] = hi.z, b[c][7] = hi.w;
+      }
 #pragma unroll
-          for (int c = 0; c < S::kColumns; ++c) {
-            const uint4 lo = load_shared16(tokens + c * 1024), hi = load_shared16((tokens + c * 1024) ^ 64);
-            b[c][0] = lo.x, b[c][1] = lo.y, b[c][2] = lo.z, b[c][3] = lo.w;
-            b[c][4] = hi.x, b[c][5] = hi.y, b[c][6] = hi.z, b[c][7] = hi.w;
-          }
+      for (int r = 0; r < S::kSlices; ++r) {
+        uint32_t a[4][4];
+        expand16<kOperand, kFormat>(
+            load_shared16(stage + codes_offset(r, lane)),
+            load_shared2(stage + S::kSlices * kSliceCodeBytes + scales_offset(kFormat, r, lane) - kTileCodeBytes), a);
 #pragma unroll
-          for (int r = 0; r < S::kSlices; ++r) {
-            uint32_t a[4][4];
-            expand16<kOperand, kFormat>(w[u][r], s[u][r], a);
+        for (int j = 0; j < 4; ++j)
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-#pragma unroll
-              for (int c = 0; c < S::kColumns; ++c) mma<kOperand>(acc[r][c], a[j], b[c][2 * j], b[c][2 * j + 1]);
-          }
-        }
-        if (base + u + S::kAhead < steps) fetch(u, unit, base + u + S::kAhead);
-        else fetch(u, unit_of(number + gridDim.x), u);
+          for (int c = 0; c < S::kColumns; ++c) mma<kOperand>(acc[r][c], a[j], b[c][2 * j], b[c][2 * j + 1]);
+      }
+      __syncwarp();
+      if (lane == 0 && feed.left > 0) {
+        feed.copy_weights();
+        feed.copy_tokens();
+        feed.next();
+      }
+      if (++slot == S::kStages) {
+        slot = 0;
+        phase ^= 1;
       }
     }
 #pragma unroll
@@ -244,67 +249,57 @@ __device__ __forceinline__ void multiply_slices(const GemvArgs& args) {
 #pragma unroll
       for (int c = 0; c < S::kColumns; ++c)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          partial[(warp * S::kTokens + 8 * c + 2 * t + i % 2) * (S::kRows + 4) + 16 * r + g + i / 2 * 8] = acc[r][c][i];
+        for (int i = 0; i < 4; ++i) {
+          const int token = 8 * c + 2 * t + i % 2;
+          if (token < p.m) partial[(warp * p.m + token) * S::kRowStride + 16 * r + g + i / 2 * 8] = acc[r][c][i];
+        }
     __syncthreads();
     GemmProblem mine = p;
     int in_part = number;
     static_cast<GemmPart&>(mine) = part_of(p, S::kRows, in_part);
     write_outputs<S>(mine, args.factor, partial, in_part * S::kRows, common_scale);
-    number += gridDim.x;
-    unit = unit_of(number);
-    if (unit.tiles != nullptr) __syncthreads();
+    float* const last = partial;  // read until the next unit's barrier
+    partial = other_partial;
+    other_partial = last;
   }
 }
 
 template <Operand kOperand, Format kFormat, class S, Tokens kTokens>
-__global__ void __launch_bounds__(S::kWarps * 32, 16 / S::kWarps) gemv_w4_kernel(const __grid_constant__ GemvArgs args) {
-  multiply_slices<kOperand, kFormat, S, kTokens>(args);
-}
-
-// Blocks that stay for several units (slices of a block's rows), or one block per unit.
-enum class Grid { kUnits, kResident };
-
-template <Operand kOperand, Format kFormat, class S, Tokens kTokens>
-void launch(const GemmProblem& p, const FusedTokens& fused, cudaStream_t stream, Grid grid = Grid::kUnits) {
+void launch(const GemmProblem& p, const FusedTokens& fused, cudaStream_t stream) {
   const auto kernel = gemv_w4_kernel<kOperand, kFormat, S, kTokens>;
-  const int smem = kTokens == Tokens::kFused ? S::kPartialBytes + p.k_tiles * p.m * 128 : S::kSmem;
+  const int smem = Places<S, kFormat, kTokens>(p.m, p.k_tiles).end;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem), "shared memory");
-  int blocks = row_blocks_of(p, S::kRows);
-  if (grid == Grid::kResident) {
-    int device = 0, sms = 0, per_sm = 0;
-    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, S::kWarps * 32, smem), "occupancy");
-    const int rounds = (blocks + sms * per_sm - 1) / (sms * per_sm);
-    blocks = (blocks + rounds - 1) / rounds;
-  }
-  launch_after(kernel, dim3(blocks), dim3(S::kWarps * 32), smem, 1, stream,
-               GemvArgs{p, factor_of(kOperand, kFormat), fused});
+  int device = 0, sms = 0, per_sm = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, S::kWarps * 32, smem), "occupancy");
+  const int units = row_blocks_of(p, S::kRows);
+  launch_after(kernel, dim3(std::min(units, sms * per_sm)), dim3(S::kWarps * 32), smem, 1, stream,
+               GemvArgs{p, factor_of(kOperand, kFormat), units, fused});
 }
 
-// Measured on an H100: few rows need 16 warps a block to fill the GPU, unless that leaves a second, partly filled round;
-// many rows are read fastest by blocks of 64 rows that stay.
+// By what an H200 measured: 1 where units of 32 rows fit on its multiprocessors at once, 2 where those of 64 do, 3 for more.
 int variant_of(const GemmProblem& p) {
-  const int slices = row_blocks_of(p, 16);
-  return p.split > 0 ? p.split : slices > 8 * 132 ? 3 : slices > 2 * 132 ? 2 : 1;
+  constexpr int kMultiprocessors = 132;
+  if (p.split > 0) return p.split;
+  return row_blocks_of(p, 32) <= kMultiprocessors ? 1 : row_blocks_of(p, 64) <= kMultiprocessors ? 2 : 3;
 }
 
 template <Operand kOperand, Format kFormat, Tokens kTokens>
 void dispatch_8(const GemmProblem& p, const FusedTokens& fused, cudaStream_t stream) {
   switch (variant_of(p)) {
-    case 3: return launch<kOperand, kFormat, GemvShape<1, 4, 8, 2, 8>, kTokens>(p, fused, stream, Grid::kResident);
-    case 2: return launch<kOperand, kFormat, GemvShape<1, 2, 8, 4, 8>, kTokens>(p, fused, stream);
-    default: return launch<kOperand, kFormat, GemvShape<1, 2, 16, 2, 4>, kTokens>(p, fused, stream);
+    case 1: return launch<kOperand, kFormat, GemvShape<1, 2, 16, 2, 1>, kTokens>(p, fused, stream);
+    case 2: return launch<kOperand, kFormat, GemvShape<1, 4, 16, 2, 1>, kTokens>(p, fused, stream);
+    default: return launch<kOperand, kFormat, GemvShape<1, 4, 8, 2, 3>, kTokens>(p, fused, stream);
   }
 }
 
 template <Operand kOperand, Format kFormat>
 void dispatch_16(const GemmProblem& p, cudaStream_t stream) {
   switch (variant_of(p)) {
-    case 3: return launch<kOperand, kFormat, GemvShape<2, 4, 8, 2, 4>, Tokens::kPrepared>(p, {}, stream, Grid::kResident);
-    case 2: return launch<kOperand, kFormat, GemvShape<2, 2, 8, 4, 4>, Tokens::kPrepared>(p, {}, stream);
-    default: return launch<kOperand, kFormat, GemvShape<2, 2, 16, 2, 4>, Tokens::kPrepared>(p, {}, stream);
+    case 1: return launch<kOperand, kFormat, GemvShape<2, 2, 16, 2, 1>, Tokens::kPrepared>(p, {}, stream);
+    case 2: return launch<kOperand, kFormat, GemvShape<2, 4, 8, 2, 2>, Tokens::kPrepared>(p, {}, stream);
+    default: return launch<kOperand, kFormat, GemvShape<2, 4, 4, 4, 4>, Tokens::kPrepared>(p, {}, stream);
   }
 }
 

@@ -19,6 +19,12 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ uint32_t load_shared2(uint32_t address) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+  return v;
+}
+
 __device__ __forceinline__ void store_shared4(uint32_t address, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
