@@ -28,27 +28,25 @@ struct ClusterPlace {
   int split, share;  // blocks that divide K; blocks that share tokens
   int part, peer;    // this block's part of K, and which of the blocks with this part it is
   int row_block;
+  uint16_t sharers;  // bits of the blocks with this part of K
 
   __device__ __forceinline__ ClusterPlace(const GemmArgs& args, int row_group)
       : split(args.split),
         share(gridDim.x / args.split),
         part(blockIdx.x % args.split),
         peer(blockIdx.x / args.split),
-        row_block(row_block_of(row_group)) {}
+        row_block(row_block_of(row_group)),
+        sharers(0) {
+    for (int i = 0; i < share; ++i) sharers |= 1u << rank(part, i);
+  }
   __device__ __forceinline__ int row_block_of(int group) const { return group * share + peer; }
   __device__ __forceinline__ int rank(int part_, int peer_) const { return peer_ * split + part_; }
-  // Bits of the blocks with this part of K.
-  __device__ __forceinline__ uint16_t sharers() const {
-    uint32_t mask = 0;
-    for (int i = 0; i < share; ++i) mask |= 1u << rank(part, i);
-    return static_cast<uint16_t>(mask);
-  }
   // Tokens at `src` into every sharer's `dst`: this block sends its part of the bytes.
   __device__ __forceinline__ void copy_tokens(uint32_t dst, const uint8_t* src, uint32_t bytes, uint32_t full,
                                               uint64_t policy) const {
     if (share == 1) return bulk_copy(dst, src, bytes, full, policy);
     const uint32_t piece = bytes / share, offset = piece * peer;
-    bulk_copy_shared(dst + offset, src + offset, piece, full, sharers(), policy);
+    bulk_copy_shared(dst + offset, src + offset, piece, full, sharers, policy);
   }
 };
 

@@ -80,6 +80,7 @@ struct Producer {
   Cursor<T> at, told;  // the stages that are filled next, and whose tokens consumers are told of next
   int behind;          // stages in between
   Item item;
+  const uint8_t* weights[T::kGroups];
   uint32_t tokens[T::kLaneTokens];  // where this lane's are, one of each four: in units of 128 bytes
   int present;                      // how many of those there are
 
@@ -89,6 +90,14 @@ struct Producer {
     const Segment segment = find_segment<T::kLaneExperts>(args.p.routing, kTokens, number / args.row_groups);
     if (__shfl_sync(0xFFFFFFFFu, segment.rows, 0) == 0) return false;
     item = {segment.expert, segment.first, segment.rows, number % args.row_groups};
+    if constexpr (kWeights) {
+      const int row_tiles = (args.p.n + 63) / 64, first = item.row_group * T::kGroups;
+#pragma unroll
+      for (int g = 0; g < T::kGroups; ++g) {
+        const int64_t row_tile = item.expert * row_tiles + min(first + g, row_tiles - 1);
+        weights[g] = args.p.weight + row_tile * args.p.k_tiles * T::kWeightTile;
+      }
+    }
     if constexpr (kGathers) {
       const int token = first_token();
       present = (item.rows - token + 3) / 4;
@@ -103,18 +112,17 @@ struct Producer {
   __device__ __forceinline__ bool is_leader() const { return threadIdx.x == T::kConsumers; }
 
   __device__ __forceinline__ void copy_weights(const Cursor<T>& c, int tile) const {
-    if (!is_leader()) return;
-    const ExpertsProblem& p = args.p;
-    const int tiles = min(T::kTilesPerStage, p.k_tiles - tile), row_tiles = (p.n + 63) / 64;
-    if (tile == 0) item.store(ring.base + T::kItems + c.stage * 16);
+    const int tiles = min(T::kTilesPerStage, args.p.k_tiles - tile);
+    if (tile == 0) {
+      if (is_leader()) item.store(ring.base + T::kItems + c.stage * 16);
+      __syncwarp();
+    }
     const uint64_t policy = kTokens <= 16 ? policy_evict_first() : policy_evict_last();  // read once, or by the next tile too
     barrier_expect(ring.full(c.stage), tiles * T::kGroups * T::kWeightTile);
 #pragma unroll
     for (int g = 0; g < T::kGroups; ++g) {
-      const int row_tile = item.expert * row_tiles + min(item.row_group * T::kGroups + g, row_tiles - 1);
       bulk_copy(ring.base + T::kWeightOffset + c.stage * T::kWeightStride + g * T::kWeightStage,
-                p.weight + (static_cast<int64_t>(row_tile) * p.k_tiles + tile) * T::kWeightTile, tiles * T::kWeightTile,
-                ring.full(c.stage), policy);
+                weights[g] + tile * T::kWeightTile, tiles * T::kWeightTile, ring.full(c.stage), policy);
     }
   }
 

@@ -83,6 +83,7 @@ __device__ __forceinline__ int stages_for(int tiles) {
   return (tiles + T::kTilesPerStage - 1) / T::kTilesPerStage;
 }
 
+// One warp, all of whose lanes go the same way.
 template <class T>
 struct Producer {
   const GemmProblem& p;
@@ -94,10 +95,22 @@ struct Producer {
 
   struct Feed {  // what fills a stage: tiles from `tile` on of this block's k range
     Cursor<T> at;
-    int item, tile, row_block, token_block;
+    int item, tile;
+    const uint8_t* weights[kGroups];  // where the k range begins
+    const uint8_t* tokens;
   };
   __device__ __forceinline__ Feed feed(Cursor<T> at, int item) const {
-    return {at, item, 0, place.row_block_of(items.row_group(item)), items.token_block(item)};
+    Feed f{at, item, 0};
+    int row_block = place.row_block_of(items.row_group(item));
+    const GemmPart part = part_of(p, kRows, row_block);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const int64_t row_tile = min(row_block * kGroups + g, (part.n + 63) / 64 - 1);
+      f.weights[g] = part.weight + (row_tile * p.k_tiles + k.first) * T::kWeightTile;
+    }
+    const int64_t token_tile = static_cast<int64_t>(items.token_block(item)) * p.k_tiles + k.first;
+    f.tokens = static_cast<const uint8_t*>(p.x) + token_tile * T::kTokenTile;
+    return f;
   }
   __device__ __forceinline__ void next(Feed& f) const {
     f.at.next();
@@ -108,21 +121,17 @@ struct Producer {
   __device__ __forceinline__ int tiles_of(const Feed& f) const { return min(T::kTilesPerStage, k.count - f.tile); }
 
   __device__ __forceinline__ void copy_weights(const Feed& f) const {
-    int row_block = f.row_block;
-    const GemmPart part = part_of(p, kRows, row_block);
-    const int tiles = tiles_of(f), last_row_tile = (part.n + 63) / 64 - 1;
+    const int tiles = tiles_of(f);
     const uint32_t full = ring.full(f.at.stage);
     barrier_expect(full, tiles * (kGroups * T::kWeightTile + T::kTokenTile));
+#pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const int row_tile = min(row_block * kGroups + g, last_row_tile);
-      const int64_t tile = static_cast<int64_t>(row_tile) * p.k_tiles + k.first + f.tile;
-      bulk_copy(ring.stage(f.at.stage) + g * T::kWeightStage, part.weight + tile * T::kWeightTile, tiles * T::kWeightTile,
+      bulk_copy(ring.stage(f.at.stage) + g * T::kWeightStage, f.weights[g] + f.tile * T::kWeightTile, tiles * T::kWeightTile,
                 full, items.token_blocks == 1 ? stream_once : keep);
     }
   }
   __device__ __forceinline__ void copy_tokens(const Feed& f) const {
-    const int64_t tile = static_cast<int64_t>(f.token_block) * p.k_tiles + k.first + f.tile;
-    place.copy_tokens(ring.stage(f.at.stage) + T::kTokenOffset, static_cast<const uint8_t*>(p.x) + tile * T::kTokenTile,
+    place.copy_tokens(ring.stage(f.at.stage) + T::kTokenOffset, f.tokens + static_cast<int64_t>(f.tile) * T::kTokenTile,
                       tiles_of(f) * T::kTokenTile, ring.full(f.at.stage), keep);
   }
   // Weights never depend on the kernel before, and need no other block's barriers: fetch them while it still runs.
@@ -342,10 +351,10 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
   if (warp >= kConsumers / 32) {
     if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     const Producer<T> producer{p, place, ring, k, items};
-    if (threadIdx.x == kConsumers) producer.begin();
-    __syncwarp();
+    const bool works = warp == kConsumers / 32;
+    if (works) producer.begin();
     if (clustered) cluster_wait();
-    if (threadIdx.x == kConsumers) producer.run();
+    if (works) producer.run();
   } else {
     if constexpr (T::kMoveRegisters) {
       // With 24 of a producer thread, all registers of a block.

@@ -108,7 +108,7 @@ __device__ __forceinline__ void write_outputs(const GemmProblem& p, float factor
   }
 }
 
-// What lane 0 of a warp fetches: the tiles of the warp's part of K, of one of the block's units after the other.
+// What a warp fetches: the tiles of the warp's part of K, of one of the block's units after the other.
 template <class S, Format kFormat, Tokens kTokens>
 struct Feed {
   const GemvArgs& args;
@@ -178,6 +178,9 @@ __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(con
   if (lane == 0) {
     for (int i = 0; i < S::kStages; ++i) barrier_init(barriers + i * 8, 1);
     barrier_init_fence();
+  }
+  __syncwarp();
+  {
     Feed<S, kFormat, kTokens> weights = feed;
     for (int i = 0; i < early; ++i, weights.next()) weights.copy_weights();
   }
@@ -193,10 +196,7 @@ __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(con
     common_scale = __fdiv_rn(1.0f, global);
     prepare_tokens<kOperand, kFormat>(args, global, reinterpret_cast<uint4*>(shared + places.tokens));
   }
-  if (lane == 0) {
-    for (int i = 0; i < early; ++i, feed.next()) feed.copy_tokens();
-  }
-  __syncwarp();  // barriers are there
+  for (int i = 0; i < early; ++i, feed.next()) feed.copy_tokens();
   uint32_t lane_tokens[S::kColumns];  // those past the last read that one; their results are dropped
 #pragma unroll
   for (int c = 0; c < S::kColumns; ++c) {
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(con
           for (int c = 0; c < S::kColumns; ++c) mma<kOperand>(acc[r][c], a[j], b[c][2 * j], b[c][2 * j + 1]);
       }
       __syncwarp();
-      if (lane == 0 && feed.left > 0) {
+      if (feed.left > 0) {
         feed.copy_weights();
         feed.copy_tokens();
         feed.next();

@@ -37,8 +37,12 @@ __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// What a whole warp calls and one of its lanes does: a branch to that lane would keep the compiler from addresses that are the
+// same in all lanes, which copies need, and make it look for the lane and move them for each copy.
+#define FP4_ELECTED(instruction) "{\n.reg .pred one;\nelect.sync _|one, 0xFFFFFFFF;\n@one " instruction "\n}\n"
+
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile(FP4_ELECTED("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;") ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
@@ -71,25 +75,24 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
-// Bulk copy of bytes (a multiple of 16) from global to this block's shared memory, counted by the barrier.
+// Bulk copy of bytes (a multiple of 16) from global to this block's shared memory, counted by the barrier. By one lane.
 __device__ __forceinline__ void bulk_copy(uint32_t dst, const void* src, uint32_t bytes, uint32_t barrier,
                                           uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          dst),
-      "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
-      : "memory");
+  asm volatile(FP4_ELECTED(
+                   "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;")
+               ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
+               : "memory");
 }
 
 // The same into every block of the cluster that `blocks` names, at the same offset; in each, the barrier at the same offset
 // counts the bytes.
 __device__ __forceinline__ void bulk_copy_shared(uint32_t dst, const void* src, uint32_t bytes, uint32_t barrier,
                                                  uint16_t blocks, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4, %5;" ::"r"(dst),
-      "l"(src), "r"(bytes), "r"(barrier), "h"(blocks), "l"(policy)
-      : "memory");
+  asm volatile(FP4_ELECTED(
+                   "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+                   "[%0], [%1], %2, [%3], %4, %5;")
+               ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier), "h"(blocks), "l"(policy)
+               : "memory");
 }
 
 // Copies of 16 bytes by this thread, and the wait for all but the last kPending groups of them.
