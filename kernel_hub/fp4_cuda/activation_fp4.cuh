@@ -1,12 +1,13 @@
-// Rotation and quantization of tokens, 16 consecutive values of a token per thread.
+// Rotation and quantization of tokens, 8 consecutive values of a token per thread: how long the instructions of one thread take
+// is what a small number of tokens waits for.
 #pragma once
 
 #include "fp4_format.cuh"
 
 namespace fp4 {
 
-constexpr int kValues = 16;
-constexpr int kLanesPerBlock = 8;  // 128 values
+constexpr int kValues = 8;
+constexpr int kLanesPerBlock = 16;  // 128 values
 
 struct Chunk {
   float v[kValues];
@@ -15,26 +16,20 @@ struct Chunk {
 template <typename T>
 __device__ __forceinline__ Chunk load_chunk(const T* x, bool valid) {
   Chunk c;
-  if (!valid) {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) c.v[i] = 0.0f;
-    return c;
-  }
-  const uint4* p = reinterpret_cast<const uint4*>(x);
-  uint4 raw[2] = {__ldg(p), __ldg(p + 1)};
-  const T* t = reinterpret_cast<const T*>(raw);
+  const uint4 raw = valid ? __ldg(reinterpret_cast<const uint4*>(x)) : make_uint4(0, 0, 0, 0);
+  const T* t = reinterpret_cast<const T*>(&raw);
 #pragma unroll
   for (int i = 0; i < kValues; ++i) c.v[i] = static_cast<float>(t[i]);
   return c;
 }
 
-// Fast Walsh-Hadamard transform, natural order: 16 in registers, 32..128 across lanes; then the factor 1/sqrt(size).
+// Fast Walsh-Hadamard transform, natural order: 8 in registers, 16..128 across lanes; then the factor 1/sqrt(size).
 __device__ __forceinline__ void rotate(Chunk& c, int size) {
   if (size < 16) return;
 #pragma unroll
-  for (int h = 1; h < 16; h *= 2) {
+  for (int h = 1; h < kValues; h *= 2) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < kValues; ++i) {
       if ((i & h) == 0) {
         const float a = c.v[i], b = c.v[i + h];
         c.v[i] = a + b;
@@ -43,18 +38,33 @@ __device__ __forceinline__ void rotate(Chunk& c, int size) {
     }
   }
   const int lane = threadIdx.x & 31;
-  for (int h = 1; h * 16 < size; h *= 2) {
+  for (int h = 1; h * kValues < size; h *= 2) {
     const bool upper = lane & h;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < kValues; ++i) {
       const float other = __shfl_xor_sync(0xFFFFFFFFu, c.v[i], h);
       c.v[i] = upper ? other - c.v[i] : c.v[i] + other;
     }
   }
   const float norm = size == 16 ? 0.25f : size == 32 ? 0.17677669529663687f : size == 64 ? 0.125f : 0.08838834764831845f;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) c.v[i] *= norm;
+  for (int i = 0; i < kValues; ++i) c.v[i] *= norm;
 }
+
+// Of a block of kLanes neighbouring lanes, the same in each of them.
+template <int kLanes>
+__device__ __forceinline__ float most_of_block(float v) {
+#pragma unroll
+  for (int h = 1; h < kLanes; h *= 2) v = fmaxf(v, __shfl_xor_sync(0xFFFFFFFFu, v, h));
+  return v;
+}
+template <int kLanes>
+__device__ __forceinline__ float sum_of_block(float v) {
+#pragma unroll
+  for (int h = 1; h < kLanes; h *= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, h);
+  return v;
+}
+constexpr int kLanesNvfp4 = 16 / kValues, kLanesMxfp4 = 32 / kValues;
 
 __device__ __forceinline__ float amax_of(const Chunk& c) {
   float m = 0.0f;
@@ -63,7 +73,8 @@ __device__ __forceinline__ float amax_of(const Chunk& c) {
   return m;
 }
 
-// The squared error that rounding to E2M1 under x * inverse leaves, where one unit is worth `step`.
+// The squared error that rounding to E2M1 under x * inverse leaves in a block, where one unit is worth `step`.
+template <int kLanes>
 __device__ __forceinline__ float block_error(const Chunk& c, float inverse, float step) {
   float error = 0.0f;
 #pragma unroll
@@ -71,7 +82,7 @@ __device__ __forceinline__ float block_error(const Chunk& c, float inverse, floa
     const float magnitude = fabsf(c.v[i]), d = fmaf(-round_e2m1_magnitude(magnitude * inverse), step, magnitude);
     error = fmaf(d, d, error);
   }
-  return error;
+  return sum_of_block<kLanes>(error);
 }
 
 // Grid values under x * inverse.
@@ -80,15 +91,15 @@ __device__ __forceinline__ void round_block(const Chunk& c, float inverse, Chunk
   for (int i = 0; i < kValues; ++i) q.v[i] = round_e2m1(c.v[i] * inverse);
 }
 
-// nvfp4 block: returns the E4M3 scale byte; q holds grid values.
+// nvfp4 block, of two lanes: returns the E4M3 scale byte; q holds grid values.
 __device__ __forceinline__ uint32_t quantize_nvfp4(const Chunk& c, float global, ScaleRule rule, Chunk& q) {
-  const float amax = amax_of(c);
+  const float amax = most_of_block<kLanesNvfp4>(amax_of(c));
   const uint32_t byte6 = encode_block_scale(__fdiv_rn(amax, 6.0f) * global);
   uint32_t best = byte6;
   if (rule != ScaleRule::kAbsmax) {
     auto error_of = [&](uint32_t byte) {
       const float s = e4m3_to_float(byte);
-      return block_error(c, __fdiv_rn(global, s), __fdiv_rn(s, global));
+      return block_error<kLanesNvfp4>(c, __fdiv_rn(global, s), __fdiv_rn(s, global));
     };
     float least = error_of(byte6);
     auto consider = [&](uint32_t byte) {
@@ -114,32 +125,29 @@ __device__ __forceinline__ int exponent_of_block(float amax) {
   return max(static_cast<int>(__float_as_uint(amax) >> 23) - 129, -127);
 }
 
-// mxfp4 block, shared by lanes l and l ^ 1: returns the exponent; q holds grid values.
+// mxfp4 block, of four lanes: returns the exponent; q holds grid values.
 __device__ __forceinline__ int quantize_mxfp4(const Chunk& c, ScaleRule rule, Chunk& q) {
-  float amax = amax_of(c);
-  amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, 1));
-  int e = exponent_of_block(amax);
+  int e = exponent_of_block(most_of_block<kLanesMxfp4>(amax_of(c)));
   if (rule == ScaleRule::kMse) {
-    float error = block_error(c, exp2_int(-e), exp2_int(e)), above = block_error(c, exp2_int(-e - 1), exp2_int(e + 1));
-    error += __shfl_xor_sync(0xFFFFFFFFu, error, 1);
-    above += __shfl_xor_sync(0xFFFFFFFFu, above, 1);
-    e += above < error;
+    const float error = block_error<kLanesMxfp4>(c, exp2_int(-e), exp2_int(e));
+    e += block_error<kLanesMxfp4>(c, exp2_int(-e - 1), exp2_int(e + 1)) < error;
   }
   round_block(c, exp2_int(-e), q);
   return e;
 }
 
-// 16 values, times s, into the layout of gemv_w4_mma.cu: `block` is the 64-block of k0, 8 pieces of 16 bytes a token.
+// 8 values, times s, as 16 bytes of T.
+template <typename T>
+__device__ __forceinline__ uint4 pack_chunk(const Chunk& q, float s) {
+  return make_uint4(pack_pair<T>(q.v[0] * s, q.v[1] * s), pack_pair<T>(q.v[2] * s, q.v[3] * s),
+                    pack_pair<T>(q.v[4] * s, q.v[5] * s), pack_pair<T>(q.v[6] * s, q.v[7] * s));
+}
+
+// 8 values, times s, into the layout of gemv_w4_mma.cu for up to 8 tokens: `block` is the 64-block of k0, 8 pieces of 16 bytes
+// a token.
 template <typename T>
 __device__ __forceinline__ void store_natural(uint4* block, int token, int k0, const Chunk& q, float s) {
-  uint4* out = block + token * 8 + (k0 / 16) % 4;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    uint32_t w[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(q.v[8 * h + 2 * i] * s, q.v[8 * h + 2 * i + 1] * s);
-    out[(h ^ (token & 1)) * 4] = make_uint4(w[0], w[1], w[2], w[3]);
-  }
+  block[token * 8 + (k0 / 8 % 2 ^ (token & 1)) * 4 + k0 / 16 % 4] = pack_chunk<T>(q, s);
 }
 
 __device__ __forceinline__ uint32_t pack8(float a, float b, float c, float d) {
@@ -148,16 +156,17 @@ __device__ __forceinline__ uint32_t pack8(float a, float b, float c, float d) {
   return lo | (hi << 16);
 }
 
-// 16 values, times s, into E4M3 tiles (gemm_w4_sm90.cu): chunk c holds values 4c, 4c+2, 4c+1, 4c+3 of each of the four
+// 8 values, times s, into E4M3 tiles (gemm_w4_sm90.cu): chunk c holds values 4c, 4c+2, 4c+1, 4c+3 of 16 of each of the four
 // lanes of a 64-block, the order of expand8.
 __device__ __forceinline__ void store_tiled8(uint8_t* out, int token_tile, int k_padded, int token, int k0, const Chunk& q,
                                              float s) {
   const int tile = token / token_tile, row = token % token_tile;
   const int64_t block = static_cast<int64_t>(tile) * (k_padded / 64) + k0 / 64;
-  uint32_t* word = reinterpret_cast<uint32_t*>(out) + block * (token_tile * 16) + row * 4 + (k0 / 16) % 4;
+  uint32_t* word = reinterpret_cast<uint32_t*>(out) + block * (token_tile * 16) + row * 4 + k0 / 16 % 4;
 #pragma unroll
-  for (int c = 0; c < 4; ++c)
-    word[c * token_tile * 4] = pack8(q.v[4 * c] * s, q.v[4 * c + 2] * s, q.v[4 * c + 1] * s, q.v[4 * c + 3] * s);
+  for (int c = 0; c < 2; ++c)
+    word[(k0 / 8 % 2 * 2 + c) * token_tile * 4] =
+        pack8(q.v[4 * c] * s, q.v[4 * c + 2] * s, q.v[4 * c + 1] * s, q.v[4 * c + 3] * s);
 }
 
 }  // namespace fp4

@@ -4,11 +4,11 @@
 // The product that follows may start before this kernel's own wait: until it has waited too, it reads only weights, and by
 // the end of this kernel everything before has ended as well.
 //
-// One thread holds 16 consecutive values of a token: one nvfp4 block, half an mxfp4 block, four butterflies of the
-// Hadamard transform; 8 neighbouring lanes hold 128 values, the longest transform. Outputs:
-//   tiled: what gemm_w4_sm90.cu reads, [token tiles, K/64, 8 chunks (E4M3: 4), tokens of a tile, 16 bytes]
-//   natural: what gemv_w4_mma.cu reads, [K/64, 8 or 16 tokens, 2 halves, 4 lanes, 8 values]; odd tokens swap the halves,
-//     so that shared memory is read without bank conflicts
+// One thread holds 8 consecutive values of a token, half an nvfp4 block or a quarter of an mxfp4 block; 16 neighbouring lanes
+// hold 128 values, the longest Hadamard transform. Outputs:
+//   tiled: what wgmma and ldmatrix read, [token tiles, K/64, 8 chunks (E4M3: 4), tokens of a tile, 16 bytes]
+//   natural: what gemv_w4_mma.cu reads of up to 8 tokens, [K/64, 8 tokens, 2 halves, 4 lanes, 8 values]; odd tokens swap the
+//     halves, so that shared memory is read without bank conflicts
 //   rows: E4M3 [M, K] for the library's FP8 product
 //   plain: bf16 [M, K] (rotated only: the dtype of x), for calibration
 //   packed: uint8 codes [M, K/2] and row-major scales, the bytes of a checkpoint's activations
@@ -46,7 +46,7 @@ __device__ __forceinline__ float round_to(float v) {
   return static_cast<float>(static_cast<T>(v));
 }
 
-// 16 values of a token from k0 on. Gated: rounded where PyTorch rounds, so that it has the same bits as
+// 8 values of a token from k0 on. Gated: rounded where PyTorch rounds, so that it has the same bits as
 // `F.silu(gate) * up`.
 template <typename T, bool kGated>
 __device__ __forceinline__ Chunk load_input(const ActivationArgs& a, int token, int k0, bool valid) {
@@ -63,7 +63,7 @@ __device__ __forceinline__ Chunk load_input(const ActivationArgs& a, int token, 
   return c;
 }
 
-// 16-bit tiles: chunk 2j holds values 4j, 4j+1 of each of the four lanes of a 64-block, chunk 2j+1 values 4j+2, 4j+3.
+// 16-bit tiles: chunk 2j holds values 4j, 4j+1 of 16 of each of the four lanes of a 64-block, chunk 2j+1 values 4j+2, 4j+3.
 template <typename T>
 __device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
   const int tile = token / a.token_tile, row = token % a.token_tile;
@@ -71,38 +71,29 @@ __device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token
   if (a.natural) {
     return store_natural<T>(reinterpret_cast<uint4*>(a.out) + block * a.token_tile * 8, row, k0, q, s);
   }
-  uint32_t* out = reinterpret_cast<uint32_t*>(a.out) + block * (a.token_tile * 32) + row * 4 + (k0 / 16) % 4;
+  uint32_t* out = reinterpret_cast<uint32_t*>(a.out) + block * (a.token_tile * 32) + row * 4 + k0 / 16 % 4;
 #pragma unroll
-  for (int c = 0; c < 8; ++c) out[c * a.token_tile * 4] = pack_pair<T>(q.v[2 * c] * s, q.v[2 * c + 1] * s);
+  for (int c = 0; c < 4; ++c)
+    out[(k0 / 8 % 2 * 4 + c) * a.token_tile * 4] = pack_pair<T>(q.v[2 * c] * s, q.v[2 * c + 1] * s);
 }
 
 // Row-major E4M3 [M, K] for a library product.
 __device__ __forceinline__ void store_rows8(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
-  uint32_t w[4];
-#pragma unroll
-  for (int c = 0; c < 4; ++c)
-    w[c] = pack8(q.v[4 * c] * s, q.v[4 * c + 1] * s, q.v[4 * c + 2] * s, q.v[4 * c + 3] * s);
-  *reinterpret_cast<uint4*>(static_cast<uint8_t*>(a.out) + static_cast<int64_t>(token) * a.k + k0) =
-      make_uint4(w[0], w[1], w[2], w[3]);
+  *reinterpret_cast<uint2*>(static_cast<uint8_t*>(a.out) + static_cast<int64_t>(token) * a.k + k0) =
+      make_uint2(pack8(q.v[0] * s, q.v[1] * s, q.v[2] * s, q.v[3] * s), pack8(q.v[4] * s, q.v[5] * s, q.v[6] * s, q.v[7] * s));
 }
 
 __device__ __forceinline__ void store_packed(const ActivationArgs& a, int token, int k0, const Chunk& q) {
-  uint32_t w[2] = {0, 0};
+  uint32_t w = 0;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) w[i / 8] |= code_of_e2m1(q.v[i]) << (4 * (i % 8));
-  *reinterpret_cast<uint2*>(static_cast<uint8_t*>(a.out) + (static_cast<int64_t>(token) * a.k + k0) / 2) =
-      make_uint2(w[0], w[1]);
+  for (int i = 0; i < kValues; ++i) w |= code_of_e2m1(q.v[i]) << (4 * i);
+  *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(a.out) + (static_cast<int64_t>(token) * a.k + k0) / 2) = w;
 }
 
 template <typename T>
 __device__ __forceinline__ void store_plain(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
   if (k0 >= a.k) return;
-  uint32_t w[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) w[i] = pack_pair<T>(q.v[2 * i] * s, q.v[2 * i + 1] * s);
-  uint4* out = reinterpret_cast<uint4*>(static_cast<T*>(a.out) + static_cast<int64_t>(token) * a.k + k0);
-  out[0] = make_uint4(w[0], w[1], w[2], w[3]);
-  out[1] = make_uint4(w[4], w[5], w[6], w[7]);
+  *reinterpret_cast<uint4*>(static_cast<T*>(a.out) + static_cast<int64_t>(token) * a.k + k0) = pack_chunk<T>(q, s);
 }
 
 enum class Output : int { kRotated, kTiled16, kPacked, kRows8, kTiled8, kPlain, kRotatedPlain };
@@ -124,7 +115,7 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
     if constexpr (O == Output::kPacked) {
       if (k0 >= a.k) return;
       store_packed(a, token, k0, q);
-      a.scales[(static_cast<int64_t>(token) * a.k + k0) / 16] = byte;
+      if (k0 % 16 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 16] = byte;
     }
   } else {
     const int e = quantize_mxfp4(c, a.rule, q);
@@ -141,19 +132,19 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
     if constexpr (O == Output::kPacked) {
       if (k0 >= a.k) return;
       store_packed(a, token, k0, q);
-      if ((k0 / 16) % 2 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 32] = e + 127;
+      if (k0 % 32 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 32] = e + 127;
     }
   }
 }
 
-// A warp takes 4 tokens x 128 values, so that tiled stores of a chunk are contiguous over tokens.
+// A warp takes two tokens x 128 values, so that tiled stores of a chunk fill 32 bytes.
 template <typename T, Format F, Output O, bool kGated>
 __global__ void __launch_bounds__(128) activation_static_kernel(const ActivationArgs a) {
   wait_and_launch(a);
   const int lane = threadIdx.x & 31;
   const int k_blocks = (a.k_padded + 127) / 128;
   const int unit = blockIdx.x * 4 + threadIdx.x / 32;
-  const int token = (unit / k_blocks) * 4 + lane / kLanesPerBlock;
+  const int token = (unit / k_blocks) * 2 + lane / kLanesPerBlock;
   const int k0 = (unit % k_blocks) * 128 + (lane % kLanesPerBlock) * kValues;
   const float global = a.global != nullptr ? __ldg(a.global) : 1.0f;
   if (blockIdx.x == 0 && threadIdx.x == 0 && a.token_scale != nullptr) a.token_scale[0] = __fdiv_rn(1.0f, global);
@@ -165,7 +156,7 @@ __global__ void __launch_bounds__(128) activation_static_kernel(const Activation
 
 // One block per token: the first pass finds the token's largest rotated value, the second quantizes under it. A thread's
 // first chunks stay in registers in between.
-constexpr int kHeld = 2;
+constexpr int kHeld = 4;
 
 template <typename T, Format F, Output O, bool kGated>
 __global__ void __launch_bounds__(512) activation_dynamic_kernel(const ActivationArgs a) {
@@ -224,7 +215,7 @@ void launch(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
     const int threads = chunks >= 512 ? 512 : chunks > 128 ? 256 : 128;
     launch_after(activation_dynamic_kernel<T, F, O, kGated>, dim3(a.m), dim3(threads), 0, 1, stream, a);
   } else {
-    const int units = (a.m + 3) / 4 * ((a.k_padded + 127) / 128);
+    const int units = (a.m + 1) / 2 * ((a.k_padded + 127) / 128);
     launch_after(activation_static_kernel<T, F, O, kGated>, dim3((units + 3) / 4), dim3(128), 0, 1, stream, a);
   }
 }

@@ -255,7 +255,8 @@ void launch_divided(Kernel kernel, const Room& room, const BlockCost& cost, int 
   const bool some = takes_items && d.split == 1 && token_blocks * groups > room.shared[size];
   const dim3 grid = some ? dim3(size, 1, room.shared[size]) : dim3(size, token_blocks, groups);
   if (token_blocks * groups <= room.alone[size]) smem = kAloneSmem;
-  launch_after(kernel, grid, dim3(threads), smem, size, stream, GemmArgs{p, factor_of(operand, format), d.split, token_blocks * groups});
+  launch_after(kernel, grid, dim3(threads), smem, size, stream,
+               GemmArgs{p, factor_of(operand, format), d.split, token_blocks * groups});
 }
 
 }  // namespace fp4

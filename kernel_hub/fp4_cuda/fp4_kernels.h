@@ -32,7 +32,7 @@ struct ActivationProblem {
   bool quantize;        // false: rotate only
   bool packed;          // codes and row-major scales instead of tiles
   bool plain;           // row-major values instead of tiles
-  bool natural;         // tiled output for run_gemv
+  bool natural;         // tiles of up to 8 tokens, for run_gemv
   bool experts;         // run_experts follows, which reads the routing before it waits for this kernel
 };
 
@@ -60,7 +60,7 @@ struct GemmProblem : GemmPart {
   int format;
   int operand;
   // 0: all chosen here. Other values are for measuring and for tests.
-  // Up to 16 tokens (run_gemv): the variant, 1..3.
+  // Up to 16 tokens (run_gemv): the variant, 1..3. The third of more than 8 is run_gemm_sm90's, undivided.
   // More (run_gemm_sm90; the operand was chosen when the tokens were prepared, OPERANDS in _cuda.py): the division of the
   // work, 10 * share + split: split blocks divide K, share blocks of neighbouring rows (1, 2, 4 or 8; 0 is 1) fetch their
   // tokens together; split * share is at most 8.

@@ -2,7 +2,7 @@
 //
 // wgmma takes only operand A from registers, so the weights are A (64 rows a warpgroup), expanded from FP4 in registers
 // with their block scales folded in (exact: E2M1 x E4M3 has 6 significant bits, and E2M1 x 2^e is an E4M3 number), and the
-// tokens are B (32..256 tokens a tile) in shared memory. A producer warp streams prepared weight tiles and token tiles with
+// tokens are B (16..256 tokens a tile) in shared memory. A producer warp streams prepared weight tiles and token tiles with
 // bulk copies into a ring of stages; two consumer warpgroups expand and multiply. With few blocks the k range is split over
 // the blocks of a cluster, which add up through distributed shared memory in a fixed order, so that the result is the same
 // every time and no workspace exists. Blocks of a cluster with neighbouring rows share the tokens they fetch.
@@ -35,7 +35,7 @@ struct Shape {
   static constexpr bool kItems = kE4m3 && kTokens >= 128;
   static constexpr int kTilesPerStage = kE4m3 ? kPromoteTiles : kTokens <= 128 ? 2 : 1;
   static constexpr int kStages = kE4m3 ? (kTokens == 64 ? 6 : kTokens == 256 ? 5 : 8)
-                                       : (kTokens == 32 ? 6 : kTokens == 64 ? 4 : 5);
+                                       : (kTokens <= 32 ? 6 : kTokens == 64 ? 4 : 5);
 };
 
 template <Operand kOperand, Format kFormat, int kTokens>
@@ -410,12 +410,15 @@ void launch(const GemmProblem& p, cudaStream_t stream) {
 template <Operand kOperand, Format kFormat>
 void dispatch_tokens(const GemmProblem& p, cudaStream_t stream) {
   switch (p.token_tile) {
+    case 16:
+      if constexpr (kOperand != Operand::kE4m3) return launch<kOperand, kFormat, 16>(p, stream);
+      break;
     case 32: return launch<kOperand, kFormat, 32>(p, stream);
     case 64: return launch<kOperand, kFormat, 64>(p, stream);
     case 128: return launch<kOperand, kFormat, 128>(p, stream);
     case 256: return launch<kOperand, kFormat, 256>(p, stream);
   }
-  throw std::runtime_error("gemm_w4_sm90: token_tile must be 32, 64, 128 or 256, got " +
+  throw std::runtime_error("gemm_w4_sm90: token_tile must be 16 (of 16-bit operands), 32, 64, 128 or 256, got " +
                            std::to_string(p.token_tile));
 }
 

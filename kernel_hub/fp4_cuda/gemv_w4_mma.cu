@@ -6,6 +6,9 @@
 // compiler counts all of them with one scoreboard, so that a warp waits for the last one.) mma.sync m16n8k16 multiplies, with
 // the weights as A and the tokens as its 8 columns, which costs the same for 1 token as for 8.
 //
+// Up to 8 tokens come in an order of their own, of which any number can be copied alone; 9 to 16 as wgmma takes them, since for
+// many rows gemm_w4_sm90.cu is faster.
+//
 // For one or two tokens a launch costs more than rotating and quantizing them again in every block: run_gemv_fused does.
 #include <algorithm>
 #include <type_traits>
@@ -46,9 +49,10 @@ template <class S, Format kFormat, Tokens kTokens>
 struct Places {
   static constexpr int kWeights = S::kSlices * (tile_bytes(kFormat) / kSlicesPerTile);
   int stage, barriers, tokens, partial, end;
+  __host__ __device__ static int token_bytes(int m) { return S::kColumns == 1 ? m * 128 : S::kTokenBytes; }  // of a tile
   __host__ __device__ __forceinline__ Places(int m, int k_tiles) {
     const bool fused = kTokens == Tokens::kFused;
-    stage = kWeights + (fused ? 0 : m * 128);
+    stage = kWeights + (fused ? 0 : token_bytes(m));
     barriers = S::kWarps * S::kStages * stage;
     tokens = barriers + (S::kWarps * S::kStages * 8 + 15) / 16 * 16;
     partial = tokens + (fused ? k_tiles * m * 128 : 0);
@@ -145,7 +149,7 @@ struct Feed {
     if constexpr (kTokens == Tokens::kPrepared) {
       const int64_t from = static_cast<int64_t>(first + tile) * S::kTokenBytes;
       bulk_copy(ring + slot * stage_bytes + Places<S, kFormat, kTokens>::kWeights, static_cast<const uint8_t*>(args.p.x) + from,
-                args.p.m * 128, barrier(), policy_evict_last());
+                Places<S, kFormat, kTokens>::token_bytes(args.p.m), barrier(), policy_evict_last());
     }
   }
   __device__ __forceinline__ void next() {
@@ -197,12 +201,9 @@ __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(con
     prepare_tokens<kOperand, kFormat>(args, global, reinterpret_cast<uint4*>(shared + places.tokens));
   }
   for (int i = 0; i < early; ++i, feed.next()) feed.copy_tokens();
-  uint32_t lane_tokens[S::kColumns];  // those past the last read that one; their results are dropped
-#pragma unroll
-  for (int c = 0; c < S::kColumns; ++c) {
-    const int token = min(8 * c + g, p.m - 1);
-    lane_tokens[c] = token * 128 + (token & 1) * 64 + t * 16;
-  }
+  // What this lane reads of a tile of tokens. Of up to 8, those past the last read that one, and their results are dropped.
+  const int token = min(g, p.m - 1);
+  const uint32_t lane_tokens = S::kColumns == 1 ? token * 128 + (token & 1) * 64 + t * 16 : lane / 8 * 256 + lane % 8 * 16;
 
   int slot = 0, number = blockIdx.x;
   uint32_t phase = 0;
@@ -214,14 +215,18 @@ __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(con
       const uint32_t stage = ring + slot * places.stage;
       const uint32_t tokens = kFused ? base + places.tokens + (first + i) * p.m * 128 : stage + places.kWeights;
       barrier_wait(barriers + slot * 8, phase);
-      uint32_t b[S::kColumns][8];
+      uint32_t b[S::kColumns][2][4];  // [16 k steps 2h and 2h + 1]
 #pragma unroll
-      for (int c = 0; c < S::kColumns; ++c) {
-        const uint32_t at = tokens + lane_tokens[c];
-        const uint4 lo = load_shared16(at), hi = load_shared16(tokens + (lane_tokens[c] ^ 64));
-        b[c][0] = lo.x, b[c][1] = lo.y, b[c][2] = lo.z, b[c][3] = lo.w;
-        b[c][4] = hi.x, b[c][5] = hi.y, b[c][6] = hi.z, b[c][7] = hi.w;
-      }
+      for (int c = 0; c < S::kColumns; ++c)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if constexpr (S::kColumns == 1) {
+            const uint4 v = load_shared16(tokens + (lane_tokens ^ h * 64));
+            b[c][h][0] = v.x, b[c][h][1] = v.y, b[c][h][2] = v.z, b[c][h][3] = v.w;
+          } else {
+            load_matrices(b[c][h], tokens + lane_tokens + h * 1024 + c * 128);
+          }
+        }
 #pragma unroll
       for (int r = 0; r < S::kSlices; ++r) {
         uint32_t a[4][4];
@@ -231,7 +236,7 @@ __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(con
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #pragma unroll
-          for (int c = 0; c < S::kColumns; ++c) mma<kOperand>(acc[r][c], a[j], b[c][2 * j], b[c][2 * j + 1]);
+          for (int c = 0; c < S::kColumns; ++c) mma<kOperand>(acc[r][c], a[j], b[c][j / 2][j % 2 * 2], b[c][j / 2][j % 2 * 2 + 1]);
       }
       __syncwarp();
       if (feed.left > 0) {
@@ -299,8 +304,10 @@ void dispatch_16(const GemmProblem& p, cudaStream_t stream) {
   switch (variant_of(p)) {
     case 1: return launch<kOperand, kFormat, GemvShape<2, 2, 16, 2, 1>, Tokens::kPrepared>(p, {}, stream);
     case 2: return launch<kOperand, kFormat, GemvShape<2, 4, 8, 2, 2>, Tokens::kPrepared>(p, {}, stream);
-    default: return launch<kOperand, kFormat, GemvShape<2, 4, 4, 4, 4>, Tokens::kPrepared>(p, {}, stream);
   }
+  GemmProblem whole = p;
+  whole.split = 1;
+  run_gemm_sm90(whole, stream);
 }
 
 template <Operand kOperand, Format kFormat>

@@ -188,9 +188,10 @@ fp4::GemmProblem gemm_problem(const Linears& linears, const Tensor& like, int64_
   return p;
 }
 
-// Up to so many tokens, bytes of 16-bit tokens and output features, each block of the product rotates and quantizes the
-// tokens itself.
-constexpr int64_t kFusedTokens = 2, kFusedBytes = 128 << 10, kFusedRows = 16384;
+// Up to so many tokens, bytes of 16-bit tokens (quantizing them takes each block longer than rotating) and output features, each
+// block of the product rotates and quantizes the tokens itself.
+constexpr int64_t kFusedTokens = 2, kFusedRows = 16384;
+constexpr int64_t fused_bytes(bool quantize) { return quantize ? 16 << 10 : 128 << 10; }
 
 void run_gemm(const fp4::GemmProblem& p, cudaStream_t stream) {
   if (p.m <= kGemvTokens) return fp4::run_gemv(p, stream);
@@ -288,7 +289,7 @@ std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::option
   operand = operand_for(p.m, operand, p.x_is_bf16);
   const bool library = operand == kE4m3Rows;
   p.token_tile = static_cast<int>(token_tile(p.m));
-  p.natural = p.m <= kGemvTokens;
+  p.natural = p.m <= 8;
   p.quantize = quantize;
   p.operand = kernel_operand(operand);
   p.rows = library;
@@ -374,7 +375,7 @@ std::vector<Tensor> prepared_linears(const Tensor& x, const std::vector<Tensor>&
   const int64_t format = format_of(packed[0]), m = tokens_of(x), k_tiles = packed[0].size(-2);
   STD_TORCH_CHECK(div_up(x.size(-1), 64) == k_tiles, "x has ", x.size(-1), " features, the weight does not");
   const bool per_token = quantize && format == kNvfp4 && !global.has_value();  // needs all of a token first
-  if (m > kFusedTokens || per_token || m * k_tiles * 128 > kFusedBytes || linears.rows() > kFusedRows) {
+  if (m > kFusedTokens || per_token || m * k_tiles * 128 > fused_bytes(quantize) || linears.rows() > kFusedRows) {
     auto [tokens, token_scale] = prepare_activation(x, global, format, operand, quantize, hadamard, rule);
     return gemms(tokens, token_scale, linears, m, operand, out_is_bf16, 0);
   }
