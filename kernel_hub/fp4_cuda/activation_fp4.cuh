@@ -1,30 +1,36 @@
-// Rotation and quantization of tokens, 8 consecutive values of a token per thread: how long the instructions of one thread take
-// is what a small number of tokens waits for.
+// Rotation and quantization of tokens, 8 or 16 consecutive values of a token per thread: with few tokens, how long the
+// instructions of one thread take is what the product waits for; with many, all of their number. Both give the same bits.
 #pragma once
 
 #include "fp4_format.cuh"
 
 namespace fp4 {
 
-constexpr int kValues = 8;
-constexpr int kLanesPerBlock = 16;  // 128 values
+template <int kValues>
+constexpr int kLanesOf128 = 128 / kValues;
 
+template <int kValues>
 struct Chunk {
   float v[kValues];
 };
 
-template <typename T>
-__device__ __forceinline__ Chunk load_chunk(const T* x, bool valid) {
-  Chunk c;
-  const uint4 raw = valid ? __ldg(reinterpret_cast<const uint4*>(x)) : make_uint4(0, 0, 0, 0);
-  const T* t = reinterpret_cast<const T*>(&raw);
+template <int kValues, typename T>
+__device__ __forceinline__ Chunk<kValues> load_chunk(const T* x, bool valid) {
+  Chunk<kValues> c;
+  uint4 raw[kValues / 8] = {};
+  if (valid) {
+#pragma unroll
+    for (int i = 0; i < kValues / 8; ++i) raw[i] = __ldg(reinterpret_cast<const uint4*>(x) + i);
+  }
+  const T* t = reinterpret_cast<const T*>(raw);
 #pragma unroll
   for (int i = 0; i < kValues; ++i) c.v[i] = static_cast<float>(t[i]);
   return c;
 }
 
-// Fast Walsh-Hadamard transform, natural order: 8 in registers, 16..128 across lanes; then the factor 1/sqrt(size).
-__device__ __forceinline__ void rotate(Chunk& c, int size) {
+// Fast Walsh-Hadamard transform, natural order, in registers and then across lanes; then the factor 1/sqrt(size).
+template <int kValues>
+__device__ __forceinline__ void rotate(Chunk<kValues>& c, int size) {
   if (size < 16) return;
 #pragma unroll
   for (int h = 1; h < kValues; h *= 2) {
@@ -64,9 +70,8 @@ __device__ __forceinline__ float sum_of_block(float v) {
   for (int h = 1; h < kLanes; h *= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, h);
   return v;
 }
-constexpr int kLanesNvfp4 = 16 / kValues, kLanesMxfp4 = 32 / kValues;
-
-__device__ __forceinline__ float amax_of(const Chunk& c) {
+template <int kValues>
+__device__ __forceinline__ float amax_of(const Chunk<kValues>& c) {
   float m = 0.0f;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) m = fmaxf(m, fabsf(c.v[i]));
@@ -74,32 +79,36 @@ __device__ __forceinline__ float amax_of(const Chunk& c) {
 }
 
 // The squared error that rounding to E2M1 under x * inverse leaves in a block, where one unit is worth `step`.
-template <int kLanes>
-__device__ __forceinline__ float block_error(const Chunk& c, float inverse, float step) {
-  float error = 0.0f;
+// Added up 8 values at a time.
+template <int kLanes, int kValues>
+__device__ __forceinline__ float block_error(const Chunk<kValues>& c, float inverse, float step) {
+  float error[kValues / 8] = {};
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
     const float magnitude = fabsf(c.v[i]), d = fmaf(-round_e2m1_magnitude(magnitude * inverse), step, magnitude);
-    error = fmaf(d, d, error);
+    error[i / 8] = fmaf(d, d, error[i / 8]);
   }
-  return sum_of_block<kLanes>(error);
+  return sum_of_block<kLanes>(kValues == 8 ? error[0] : error[0] + error[kValues / 8 - 1]);
 }
 
 // Grid values under x * inverse.
-__device__ __forceinline__ void round_block(const Chunk& c, float inverse, Chunk& q) {
+template <int kValues>
+__device__ __forceinline__ void round_block(const Chunk<kValues>& c, float inverse, Chunk<kValues>& q) {
 #pragma unroll
   for (int i = 0; i < kValues; ++i) q.v[i] = round_e2m1(c.v[i] * inverse);
 }
 
-// nvfp4 block, of two lanes: returns the E4M3 scale byte; q holds grid values.
-__device__ __forceinline__ uint32_t quantize_nvfp4(const Chunk& c, float global, ScaleRule rule, Chunk& q) {
-  const float amax = most_of_block<kLanesNvfp4>(amax_of(c));
+// nvfp4 block: returns the E4M3 scale byte; q holds grid values.
+template <int kValues>
+__device__ __forceinline__ uint32_t quantize_nvfp4(const Chunk<kValues>& c, float global, ScaleRule rule, Chunk<kValues>& q) {
+  constexpr int kLanes = 16 / kValues;
+  const float amax = most_of_block<kLanes>(amax_of(c));
   const uint32_t byte6 = encode_block_scale(__fdiv_rn(amax, 6.0f) * global);
   uint32_t best = byte6;
   if (rule != ScaleRule::kAbsmax) {
     auto error_of = [&](uint32_t byte) {
       const float s = e4m3_to_float(byte);
-      return block_error<kLanesNvfp4>(c, __fdiv_rn(global, s), __fdiv_rn(s, global));
+      return block_error<kLanes>(c, __fdiv_rn(global, s), __fdiv_rn(s, global));
     };
     float least = error_of(byte6);
     auto consider = [&](uint32_t byte) {
@@ -125,29 +134,33 @@ __device__ __forceinline__ int exponent_of_block(float amax) {
   return max(static_cast<int>(__float_as_uint(amax) >> 23) - 129, -127);
 }
 
-// mxfp4 block, of four lanes: returns the exponent; q holds grid values.
-__device__ __forceinline__ int quantize_mxfp4(const Chunk& c, ScaleRule rule, Chunk& q) {
-  int e = exponent_of_block(most_of_block<kLanesMxfp4>(amax_of(c)));
+// mxfp4 block: returns the exponent; q holds grid values.
+template <int kValues>
+__device__ __forceinline__ int quantize_mxfp4(const Chunk<kValues>& c, ScaleRule rule, Chunk<kValues>& q) {
+  constexpr int kLanes = 32 / kValues;
+  int e = exponent_of_block(most_of_block<kLanes>(amax_of(c)));
   if (rule == ScaleRule::kMse) {
-    const float error = block_error<kLanesMxfp4>(c, exp2_int(-e), exp2_int(e));
-    e += block_error<kLanesMxfp4>(c, exp2_int(-e - 1), exp2_int(e + 1)) < error;
+    const float error = block_error<kLanes>(c, exp2_int(-e), exp2_int(e));
+    e += block_error<kLanes>(c, exp2_int(-e - 1), exp2_int(e + 1)) < error;
   }
   round_block(c, exp2_int(-e), q);
   return e;
 }
 
-// 8 values, times s, as 16 bytes of T.
+// 8 of the values, times s, as 16 bytes of T.
 template <typename T>
-__device__ __forceinline__ uint4 pack_chunk(const Chunk& q, float s) {
-  return make_uint4(pack_pair<T>(q.v[0] * s, q.v[1] * s), pack_pair<T>(q.v[2] * s, q.v[3] * s),
-                    pack_pair<T>(q.v[4] * s, q.v[5] * s), pack_pair<T>(q.v[6] * s, q.v[7] * s));
+__device__ __forceinline__ uint4 pack_values(const float* v, float s) {
+  return make_uint4(pack_pair<T>(v[0] * s, v[1] * s), pack_pair<T>(v[2] * s, v[3] * s), pack_pair<T>(v[4] * s, v[5] * s),
+                    pack_pair<T>(v[6] * s, v[7] * s));
 }
 
-// 8 values, times s, into the layout of gemv_w4_mma.cu for up to 8 tokens: `block` is the 64-block of k0, 8 pieces of 16 bytes
+// Values, times s, into the layout of gemv_w4_mma.cu for up to 8 tokens: `block` is the 64-block of k0, 8 pieces of 16 bytes
 // a token.
-template <typename T>
-__device__ __forceinline__ void store_natural(uint4* block, int token, int k0, const Chunk& q, float s) {
-  block[token * 8 + (k0 / 8 % 2 ^ (token & 1)) * 4 + k0 / 16 % 4] = pack_chunk<T>(q, s);
+template <typename T, int kValues>
+__device__ __forceinline__ void store_natural(uint4* block, int token, int k0, const Chunk<kValues>& q, float s) {
+#pragma unroll
+  for (int i = 0; i < kValues; i += 8)
+    block[token * 8 + ((k0 + i) / 8 % 2 ^ (token & 1)) * 4 + k0 / 16 % 4] = pack_values<T>(q.v + i, s);
 }
 
 __device__ __forceinline__ uint32_t pack8(float a, float b, float c, float d) {
@@ -156,17 +169,17 @@ __device__ __forceinline__ uint32_t pack8(float a, float b, float c, float d) {
   return lo | (hi << 16);
 }
 
-// 8 values, times s, into E4M3 tiles (gemm_w4_sm90.cu): chunk c holds values 4c, 4c+2, 4c+1, 4c+3 of 16 of each of the four
+// Values, times s, into E4M3 tiles (gemm_w4_sm90.cu): chunk c holds values 4c, 4c+2, 4c+1, 4c+3 of 16 of each of the four
 // lanes of a 64-block, the order of expand8.
-__device__ __forceinline__ void store_tiled8(uint8_t* out, int token_tile, int k_padded, int token, int k0, const Chunk& q,
-                                             float s) {
+template <int kValues>
+__device__ __forceinline__ void store_tiled8(uint8_t* out, int token_tile, int k_padded, int token, int k0,
+                                             const Chunk<kValues>& q, float s) {
   const int tile = token / token_tile, row = token % token_tile;
   const int64_t block = static_cast<int64_t>(tile) * (k_padded / 64) + k0 / 64;
   uint32_t* word = reinterpret_cast<uint32_t*>(out) + block * (token_tile * 16) + row * 4 + k0 / 16 % 4;
 #pragma unroll
-  for (int c = 0; c < 2; ++c)
-    word[(k0 / 8 % 2 * 2 + c) * token_tile * 4] =
-        pack8(q.v[4 * c] * s, q.v[4 * c + 2] * s, q.v[4 * c + 1] * s, q.v[4 * c + 3] * s);
+  for (int i = 0; i < kValues; i += 4)
+    word[(k0 % 16 + i) / 4 * token_tile * 4] = pack8(q.v[i] * s, q.v[i + 2] * s, q.v[i + 1] * s, q.v[i + 3] * s);
 }
 
 }  // namespace fp4

@@ -4,8 +4,7 @@
 // The product that follows may start before this kernel's own wait: until it has waited too, it reads only weights, and by
 // the end of this kernel everything before has ended as well.
 //
-// One thread holds 8 consecutive values of a token, half an nvfp4 block or a quarter of an mxfp4 block; 16 neighbouring lanes
-// hold 128 values, the longest Hadamard transform. Outputs:
+// Neighbouring lanes hold a block, and 128 values, the longest Hadamard transform. Outputs:
 //   tiled: what wgmma and ldmatrix read, [token tiles, K/64, 8 chunks (E4M3: 4), tokens of a tile, 16 bytes]
 //   natural: what gemv_w4_mma.cu reads of up to 8 tokens, [K/64, 8 tokens, 2 halves, 4 lanes, 8 values]; odd tokens swap the
 //     halves, so that shared memory is read without bank conflicts
@@ -46,14 +45,14 @@ __device__ __forceinline__ float round_to(float v) {
   return static_cast<float>(static_cast<T>(v));
 }
 
-// 8 values of a token from k0 on. Gated: rounded where PyTorch rounds, so that it has the same bits as
+// Values of a token from k0 on. Gated: rounded where PyTorch rounds, so that it has the same bits as
 // `F.silu(gate) * up`.
-template <typename T, bool kGated>
-__device__ __forceinline__ Chunk load_input(const ActivationArgs& a, int token, int k0, bool valid) {
+template <int kValues, typename T, bool kGated>
+__device__ __forceinline__ Chunk<kValues> load_input(const ActivationArgs& a, int token, int k0, bool valid) {
   const T* x = static_cast<const T*>(a.x) + static_cast<int64_t>(token) * a.k * (kGated ? 2 : 1) + k0;
-  Chunk c = load_chunk(x, valid);
+  Chunk<kValues> c = load_chunk<kValues>(x, valid);
   if constexpr (kGated) {
-    const Chunk up = load_chunk(x + a.k, valid);
+    const Chunk<kValues> up = load_chunk<kValues>(x + a.k, valid);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       const float silu = __fdiv_rn(c.v[i], 1.0f + expf(-c.v[i]));
@@ -63,9 +62,16 @@ __device__ __forceinline__ Chunk load_input(const ActivationArgs& a, int token, 
   return c;
 }
 
+template <int kCount>
+__device__ __forceinline__ void store_words(uint8_t* out, const uint32_t (&w)[kCount]) {
+  if constexpr (kCount == 4) *reinterpret_cast<uint4*>(out) = make_uint4(w[0], w[1], w[2], w[3]);
+  else if constexpr (kCount == 2) *reinterpret_cast<uint2*>(out) = make_uint2(w[0], w[1]);
+  else *reinterpret_cast<uint32_t*>(out) = w[0];
+}
+
 // 16-bit tiles: chunk 2j holds values 4j, 4j+1 of 16 of each of the four lanes of a 64-block, chunk 2j+1 values 4j+2, 4j+3.
-template <typename T>
-__device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
+template <typename T, int kValues>
+__device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token, int k0, const Chunk<kValues>& q, float s) {
   const int tile = token / a.token_tile, row = token % a.token_tile;
   const int64_t block = static_cast<int64_t>(tile) * (a.k_padded / 64) + k0 / 64;
   if (a.natural) {
@@ -73,36 +79,43 @@ __device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token
   }
   uint32_t* out = reinterpret_cast<uint32_t*>(a.out) + block * (a.token_tile * 32) + row * 4 + k0 / 16 % 4;
 #pragma unroll
-  for (int c = 0; c < 4; ++c)
-    out[(k0 / 8 % 2 * 4 + c) * a.token_tile * 4] = pack_pair<T>(q.v[2 * c] * s, q.v[2 * c + 1] * s);
+  for (int i = 0; i < kValues; i += 2)
+    out[(k0 % 16 + i) / 2 * a.token_tile * 4] = pack_pair<T>(q.v[i] * s, q.v[i + 1] * s);
 }
 
 // Row-major E4M3 [M, K] for a library product.
-__device__ __forceinline__ void store_rows8(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
-  *reinterpret_cast<uint2*>(static_cast<uint8_t*>(a.out) + static_cast<int64_t>(token) * a.k + k0) =
-      make_uint2(pack8(q.v[0] * s, q.v[1] * s, q.v[2] * s, q.v[3] * s), pack8(q.v[4] * s, q.v[5] * s, q.v[6] * s, q.v[7] * s));
-}
-
-__device__ __forceinline__ void store_packed(const ActivationArgs& a, int token, int k0, const Chunk& q) {
-  uint32_t w = 0;
+template <int kValues>
+__device__ __forceinline__ void store_rows8(const ActivationArgs& a, int token, int k0, const Chunk<kValues>& q, float s) {
+  uint32_t w[kValues / 4];
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) w |= code_of_e2m1(q.v[i]) << (4 * i);
-  *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(a.out) + (static_cast<int64_t>(token) * a.k + k0) / 2) = w;
+  for (int i = 0; i < kValues / 4; ++i)
+    w[i] = pack8(q.v[4 * i] * s, q.v[4 * i + 1] * s, q.v[4 * i + 2] * s, q.v[4 * i + 3] * s);
+  store_words(static_cast<uint8_t*>(a.out) + static_cast<int64_t>(token) * a.k + k0, w);
 }
 
-template <typename T>
-__device__ __forceinline__ void store_plain(const ActivationArgs& a, int token, int k0, const Chunk& q, float s) {
+template <int kValues>
+__device__ __forceinline__ void store_packed(const ActivationArgs& a, int token, int k0, const Chunk<kValues>& q) {
+  uint32_t w[kValues / 8] = {};
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) w[i / 8] |= code_of_e2m1(q.v[i]) << (4 * (i % 8));
+  store_words(static_cast<uint8_t*>(a.out) + (static_cast<int64_t>(token) * a.k + k0) / 2, w);
+}
+
+template <typename T, int kValues>
+__device__ __forceinline__ void store_plain(const ActivationArgs& a, int token, int k0, const Chunk<kValues>& q, float s) {
   if (k0 >= a.k) return;
-  *reinterpret_cast<uint4*>(static_cast<T*>(a.out) + static_cast<int64_t>(token) * a.k + k0) = pack_chunk<T>(q, s);
+  uint4* out = reinterpret_cast<uint4*>(static_cast<T*>(a.out) + static_cast<int64_t>(token) * a.k + k0);
+#pragma unroll
+  for (int i = 0; i < kValues; i += 8) out[i / 8] = pack_values<T>(q.v + i, s);
 }
 
 enum class Output : int { kRotated, kTiled16, kPacked, kRows8, kTiled8, kPlain, kRotatedPlain };
 
 // Everything that follows the token's range: quantize one chunk and store it.
-template <typename T, Format F, Output O>
-__device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token, int k0, const Chunk& c, float global,
-                                             int token_exponent, bool store) {
-  Chunk q;
+template <typename T, Format F, Output O, int kValues>
+__device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token, int k0, const Chunk<kValues>& c,
+                                             float global, int token_exponent, bool store) {
+  Chunk<kValues> q;
   if constexpr (O == Output::kRotated) {
     if (store) store_tiled16<T>(a, token, k0, c, 1.0f);
   } else if constexpr (O == Output::kRotatedPlain) {
@@ -137,42 +150,42 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
   }
 }
 
-// A warp takes two tokens x 128 values, so that tiled stores of a chunk fill 32 bytes.
-template <typename T, Format F, Output O, bool kGated>
+// A warp takes two or four tokens x 128 values, so that tiled stores of a chunk fill 32 or 64 bytes.
+template <typename T, Format F, Output O, bool kGated, int kValues>
 __global__ void __launch_bounds__(128) activation_static_kernel(const ActivationArgs a) {
   wait_and_launch(a);
   const int lane = threadIdx.x & 31;
   const int k_blocks = (a.k_padded + 127) / 128;
   const int unit = blockIdx.x * 4 + threadIdx.x / 32;
-  const int token = (unit / k_blocks) * 2 + lane / kLanesPerBlock;
-  const int k0 = (unit % k_blocks) * 128 + (lane % kLanesPerBlock) * kValues;
+  constexpr int kLanes = kLanesOf128<kValues>;
+  const int token = (unit / k_blocks) * (32 / kLanes) + lane / kLanes;
+  const int k0 = (unit % k_blocks) * 128 + (lane % kLanes) * kValues;
   const float global = a.global != nullptr ? __ldg(a.global) : 1.0f;
   if (blockIdx.x == 0 && threadIdx.x == 0 && a.token_scale != nullptr) a.token_scale[0] = __fdiv_rn(1.0f, global);
   if (!__any_sync(0xFFFFFFFFu, token < a.m)) return;
-  Chunk c = load_input<T, kGated>(a, token, k0, token < a.m && k0 < a.k);
+  Chunk<kValues> c = load_input<kValues, T, kGated>(a, token, k0, token < a.m && k0 < a.k);
   rotate(c, a.hadamard);
   finish_chunk<T, F, O>(a, token, k0, c, global, 0, token < a.m && k0 < a.k_padded);
 }
 
 // One block per token: the first pass finds the token's largest rotated value, the second quantizes under it. A thread's
 // first chunks stay in registers in between.
-constexpr int kHeld = 4;
-
-template <typename T, Format F, Output O, bool kGated>
+template <typename T, Format F, Output O, bool kGated, int kValues>
 __global__ void __launch_bounds__(512) activation_dynamic_kernel(const ActivationArgs a) {
   wait_and_launch(a);
+  constexpr int kHeld = 32 / kValues;
   __shared__ float warp_max[16];
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
   const int stride = blockDim.x * kValues, k_first = threadIdx.x * kValues;
   auto rotated = [&](int k0) {
-    Chunk c = load_input<T, kGated>(a, blockIdx.x, k0, k0 < a.k);
+    Chunk<kValues> c = load_input<kValues, T, kGated>(a, blockIdx.x, k0, k0 < a.k);
     rotate(c, a.hadamard);
     return c;
   };
 
   float amax = 0.0f;
-  Chunk held[kHeld];
+  Chunk<kValues> held[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     if (i * stride >= a.k_padded) break;
@@ -198,7 +211,7 @@ __global__ void __launch_bounds__(512) activation_dynamic_kernel(const Activatio
     token_exponent = exponent_of_block(amax) + (a.rule == ScaleRule::kMse ? 1 : 0) - 6;
     if (threadIdx.x == 0) a.token_scale[blockIdx.x] = ldexpf(1.0f, token_exponent);
   }
-  auto finish = [&](int k0, const Chunk& c) {
+  auto finish = [&](int k0, const Chunk<kValues>& c) {
     finish_chunk<T, F, O>(a, blockIdx.x, k0, c, global, token_exponent, k0 < a.k_padded);
   };
 #pragma unroll
@@ -208,16 +221,24 @@ __global__ void __launch_bounds__(512) activation_dynamic_kernel(const Activatio
   for (int base = kHeld * stride; base < a.k_padded; base += stride) finish(k_first + base, rotated(k_first + base));
 }
 
-template <typename T, Format F, Output O, bool kGated = false>
-void launch(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
+template <typename T, Format F, Output O, bool kGated, int kValues>
+void launch_chunks(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
   if (dynamic) {
     const int chunks = a.k_padded / kValues;
     const int threads = chunks >= 512 ? 512 : chunks > 128 ? 256 : 128;
-    launch_after(activation_dynamic_kernel<T, F, O, kGated>, dim3(a.m), dim3(threads), 0, 1, stream, a);
+    launch_after(activation_dynamic_kernel<T, F, O, kGated, kValues>, dim3(a.m), dim3(threads), 0, 1, stream, a);
   } else {
-    const int units = (a.m + 1) / 2 * ((a.k_padded + 127) / 128);
-    launch_after(activation_static_kernel<T, F, O, kGated>, dim3((units + 3) / 4), dim3(128), 0, 1, stream, a);
+    constexpr int kTokens = 32 / kLanesOf128<kValues>;
+    const int units = (a.m + kTokens - 1) / kTokens * ((a.k_padded + 127) / 128);
+    launch_after(activation_static_kernel<T, F, O, kGated, kValues>, dim3((units + 3) / 4), dim3(128), 0, 1, stream, a);
   }
+}
+
+template <typename T, Format F, Output O, bool kGated = false>
+void launch(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
+  constexpr int64_t kMany = 132 * 2048 * 8;  // values that fill the GPU, 8 a thread
+  if (static_cast<int64_t>(a.m) * a.k < kMany) launch_chunks<T, F, O, kGated, 8>(a, dynamic, stream);
+  else launch_chunks<T, F, O, kGated, 16>(a, dynamic, stream);
 }
 
 template <typename T>

@@ -68,17 +68,18 @@ __device__ __forceinline__ void prepare_tokens(const GemvArgs& args, float globa
   using Token = std::conditional_t<kOperand == Operand::kBf16, __nv_bfloat16, __half>;
   const GemmProblem& p = args.p;
   const FusedTokens& f = args.fused;
-  const int chunks = (p.k_tiles + 1) / 2 * kLanesPerBlock;  // of a token
+  constexpr int kValues = 8;
+  const int chunks = (p.k_tiles + 1) / 2 * kLanesOf128<kValues>;  // of a token
   for (int base = 0; base < p.m * chunks; base += blockDim.x) {
     const int token = (base + threadIdx.x) / chunks, k0 = (base + threadIdx.x) % chunks * kValues;
     const bool valid = token < p.m && k0 < f.k;
     const int64_t at = static_cast<int64_t>(token) * f.k + k0;
-    Chunk c = p.out_is_bf16 ? load_chunk(static_cast<const __nv_bfloat16*>(f.x) + at, valid)
-                            : load_chunk(static_cast<const __half*>(f.x) + at, valid);
+    Chunk<kValues> c = p.out_is_bf16 ? load_chunk<kValues>(static_cast<const __nv_bfloat16*>(f.x) + at, valid)
+                                     : load_chunk<kValues>(static_cast<const __half*>(f.x) + at, valid);
     rotate(c, f.hadamard);
     float s = 1.0f;
     if (kOperand == Operand::kBf16 && f.quantize) {
-      Chunk q;
+      Chunk<kValues> q;
       const ScaleRule rule = static_cast<ScaleRule>(f.rule);
       if constexpr (kFormat == Format::kNvfp4) s = e4m3_to_float(quantize_nvfp4(c, global, rule, q));
       else s = exp2_int(quantize_mxfp4(c, rule, q));
@@ -236,7 +237,10 @@ __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(con
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #pragma unroll
-          for (int c = 0; c < S::kColumns; ++c) mma<kOperand>(acc[r][c], a[j], b[c][j / 2][j % 2 * 2], b[c][j / 2][j % 2 * 2 + 1]);
+          for (int c = 0; c < S::kColumns; ++c) {
+            const uint32_t* step = b[c][j / 2] + j % 2 * 2;
+            mma<kOperand>(acc[r][c], a[j], step[0], step[1]);
+          }
       }
       __syncwarp();
       if (feed.left > 0) {
