@@ -38,13 +38,15 @@ INLINE Rows load_e4m3(const uint8_t* bytes) {
 // A few tokens: bytes of codes become bf16 in two look-ups, and these floats, so that a row's four k lie side by side.
 struct FourByFour {
   typedef float Number;
-  static constexpr int kTokens = 2, kMost = 4;
+  static constexpr int kTokens = 2;
+  static constexpr int64_t kMost = 4;
   struct Sum {
     Floats part[8];  // 4 h + c: rows 8 h + c and 8 h + c + 4
   };
 
   template <int64_t kGroup, int kCount>
-  static INLINE void sums(const uint8_t* from, const float* x, int64_t k, Sum* sum) {
+  static INLINE void add(const uint8_t* from, const Rows& scale, const float* x, int64_t k, int64_t first, Sum* total) {
+    Sum sum[kCount] = {};
     const __m256i high = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, -0x80, -0x41, -0x41, -0x41, -0x40, -0x40, -0x40, -0x40));
     const __m256i low = _mm256_broadcastsi128_si256(
@@ -63,7 +65,8 @@ struct FourByFour {
           const __m256i highs = _mm256_shuffle_epi8(high, codes), lows = _mm256_shuffle_epi8(low, codes);
           const __m256i pairs[2] = {_mm256_unpacklo_epi8(lows, highs), _mm256_unpackhi_epi8(lows, highs)};
           __m256 number[kCount];
-          for (int t = 0; t < kCount; ++t) number[t] = _mm256_permutevar8x32_ps(load<Floats>(x + t * k + k8), places[nibble]);
+          for (int t = 0; t < kCount; ++t)
+            number[t] = _mm256_permutevar8x32_ps(load<Floats>(x + t * k + first + k8), places[nibble]);
 #pragma GCC unroll 4
           for (int c = 0; c < 4; ++c) {
             const __m256 weights = (__m256)(c % 2 == 0 ? _mm256_unpacklo_epi16(zero, pairs[c / 2])
@@ -73,9 +76,10 @@ struct FourByFour {
         }
       }
     }
+    for (int t = 0; t < kCount; ++t) add_scaled(sum[t], scale, total[t]);
   }
 
-  static INLINE Sum scaled(const Sum& sum, const Rows& scale, Sum total) {
+  static INLINE void add_scaled(const Sum& sum, const Rows& scale, Sum& total) {
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       const __m256 s = scale.part[h];
@@ -86,7 +90,6 @@ struct FourByFour {
       to[2] = _mm256_fmadd_ps(from[2], _mm256_permute_ps(s, 0xaa), to[2]);
       to[3] = _mm256_fmadd_ps(from[3], _mm256_permute_ps(s, 0xff), to[3]);
     }
-    return total;
   }
 
   static INLINE Rows rows(const Sum& total) {
@@ -101,8 +104,15 @@ struct FourByFour {
 
 }  // namespace avx2
 
-const Kernels kAvx2 = {"avx2",  kNever,      avx2::activation, avx2::product<avx2::FourByFour, avx2::FloatPanel>,
-                       nullptr, avx2::solve, avx2::descend,    avx2::scales};
+const Kernels kAvx2 = {"avx2",
+                       kNever,
+                       avx2::activation,
+                       avx2::product<avx2::Directly<avx2::FourByFour>, avx2::FloatPanels>,
+                       nullptr,
+                       nullptr,
+                       avx2::solve,
+                       avx2::descend,
+                       avx2::scales};
 
 }  // namespace fp4_cpu
 #endif

@@ -31,34 +31,7 @@ INLINE Rows load_e4m3(const uint8_t* bytes) {
 #include "product.h"
 #include "gptq.h"
 
-// Tokens in bf16, two k at a time: the halves of a word, shifted, select from a table of 32 whose halves are equal.
-struct Bf16Operand {
-  typedef uint16_t Number;
-  static constexpr int kSteps = 4;
-  static constexpr int64_t place(int step) { return 2 * step; }
-  static INLINE Rows weights(const Words& words, int step) {
-    typedef uint16_t Table __attribute__((vector_size(64)));
-    const Table values = {0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80,
-                          0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0, 0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040,
-                          0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
-    const __m512i codes = _mm512_srli_epi16((__m512i)words.part[0], 4 * step);
-    return {{(Floats)_mm512_permutexvar_epi16(codes, (__m512i)values)}};
-  }
-  // E2M1 times E4M3 or a power of two has at most 6 significant bits: cutting a float in half is exact.
-  static INLINE Rows scaled(const Words& words, int step, const Rows& scale) {
-    const Floats even = decode_e2m1(words.part[0], 4 * step) * scale.part[0];
-    const Floats odd = decode_e2m1(words.part[0], 4 * step + 16) * scale.part[0];
-    const __m512i low = _mm512_srli_epi32((__m512i)even, 16);
-    return {{(Floats)_mm512_mask_mov_epi16(low, 0xaaaaaaaau, (__m512i)odd)}};
-  }
-  static INLINE Rows multiply_add(const Rows& weights, const uint16_t* x, const Rows& sum) {
-    const __m512i pair = _mm512_set1_epi32(load<int32_t>(x));
-    return {{_mm512_dpbf16_ps(sum.part[0], (__m512bh)weights.part[0], (__m512bh)pair)}};
-  }
-};
-
-using Bf16Panel = TokenByToken<Bf16Operand>;
-
+#include "bf16.h"
 #include "moments.h"
 
 #pragma GCC target("amx-tile,amx-bf16")
@@ -66,14 +39,14 @@ using Bf16Panel = TokenByToken<Bf16Operand>;
 
 }  // namespace avx512
 
-using FloatProduct = avx512::RowByRow<avx512::FloatOperand, 4, 4, 2>;
-using Bf16Product = avx512::RowByRow<avx512::Bf16Operand, 8, 16>;
-using NoBf16Product = avx512::RowByRow<avx512::Bf16Operand, 1, 0>;
+using FloatDirect = avx512::RowByRow<avx512::FloatOperand, 4, 4, 2>;
+constexpr auto kFloatProduct = avx512::product<avx512::Directly<FloatDirect>, avx512::FloatPanels>;
 
 const Kernels kAvx512 = {"avx512",
                          kNever,
                          avx512::activation,
-                         avx512::product<FloatProduct, avx512::FloatPanel>,
+                         kFloatProduct,
+                         nullptr,
                          nullptr,
                          avx512::solve,
                          avx512::descend,
@@ -81,8 +54,9 @@ const Kernels kAvx512 = {"avx512",
 const Kernels kAvx512Bf16 = {"avx512_bf16",
                              0,
                              avx512::activation,
-                             avx512::product<FloatProduct, avx512::FloatPanel>,
-                             avx512::product<Bf16Product, avx512::Bf16Panel>,
+                             kFloatProduct,
+                             avx512::product<avx512::Directly<avx512::Bf16Direct>>,
+                             avx512::interleave,
                              avx512::solve,
                              avx512::descend,
                              avx512::scales,
@@ -90,10 +64,11 @@ const Kernels kAvx512Bf16 = {"avx512_bf16",
                              avx512::add_moments<avx512::DotMoments>};
 
 const Kernels kAmx = {"amx",
-                      FloatProduct::kMost + 1,
+                      FloatDirect::kMost + 1,
                       avx512::activation,
-                      avx512::product<FloatProduct, avx512::FloatPanel>,
-                      avx512::product<NoBf16Product, avx512::AmxPanel>,
+                      kFloatProduct,
+                      avx512::product<avx512::InPanels<avx512::AmxPanel>>,
+                      nullptr,
                       avx512::solve,
                       avx512::descend,
                       avx512::scales,

@@ -31,10 +31,16 @@ INLINE Rows load_e4m3(const uint8_t* bytes) {
 
 }  // namespace portable
 
-const Kernels kPortable = {
-    "portable",        kNever,
-    portable::activation, portable::product<portable::RowByRow<portable::FloatOperand, 2, 4>, portable::FloatPanel>,
-    nullptr,           portable::solve,
-    portable::descend, portable::scales};
+using PortableProduct = portable::RowByRow<portable::FloatOperand, 2, 4>;
+
+const Kernels kPortable = {"portable",
+                           kNever,
+                           portable::activation,
+                           portable::product<portable::Directly<PortableProduct>, portable::FloatPanels>,
+                           nullptr,
+                           nullptr,
+                           portable::solve,
+                           portable::descend,
+                           portable::scales};
 
 }  // namespace fp4_cpu

@@ -37,7 +37,7 @@ struct Activation {
 struct Product {
   const uint8_t* packed;
   const float* row_scale;  // [n]
-  const void* tokens;      // [m, 64 k_tiles], bf16 for kernels that say so, else float
+  const void* tokens;      // [m, 64 k_tiles], for product_bf16 bf16 and interleaved, else float
   const float* token_scale;
   int64_t token_scale_stride;
   const void* bias;  // [n] in the output's dtype, or null
@@ -94,6 +94,8 @@ struct Kernels {
   void (*activation)(const Activation&, float* row, int64_t begin, int64_t end);  // tokens; row: k_padded floats of its own
   void (*product)(const Product&, int64_t begin, int64_t end);                    // blocks of 16 rows; float tokens
   void (*product_bf16)(const Product&, int64_t begin, int64_t end);
+  // Tiles of 64 k of bf16 tokens [m, k] as product_bf16 takes them; or null: as they are. One token stays the same.
+  void (*interleave)(const uint16_t* x, int64_t m, int64_t k, uint16_t* to, int64_t begin, int64_t end);
   void (*solve)(const SolveBlock&, int64_t begin, int64_t end);      // strips of 16 rows
   void (*descend)(const DescendBlock&, int64_t begin, int64_t end);  // strips of 16 rows
   void (*scales)(const ScaleSearch&, int64_t begin, int64_t end);    // rows

@@ -3,10 +3,11 @@
 //
 // Both kinds have: Number, a token's type in memory; kSteps, how many products take the 8 k of a word; place(step), the first
 // k of a step; and multiply_add(weights, x, sum), which reads a step's numbers of one token.
-//   Direct, for up to kMost tokens, kTokens at a time: Sum, what 16 rows add up to; sums<kGroup, kCount>(words, x, k, sum),
-//     the products of a group with kCount tokens that are k apart; scaled(sum, scale, total), total + sum * scale; rows(total).
-//   Panel, for many: scaled(words, step, scale), values times block scales; kTiles and kBlocks, how many tiles and blocks of
-//     16 rows are decoded at a time; add(panel, k_count, x, k, count, sums), the products with `count` tokens, between start(count) and stop().
+//   Direct, for up to kMost tokens, kTokens at a time: Sum, what 16 rows add up to; add<kGroup, kCount>(words, scale, x, k,
+//     first, total), the products of the group at k = first with kCount tokens; rows(total).
+//   Panel, for many: Scale, what is made of a group's scales; scaled(words, step, scale), values times them; kTiles and
+//     kBlocks, how many tiles and blocks of 16 rows are decoded at a time; add(panel, k_count, x, k, count, sums), the
+//     products with `count` tokens, between start(count) and stop().
 
 constexpr int64_t kChunkTokens = 256;
 
@@ -52,7 +53,7 @@ INLINE void finish(const Product& p, int64_t block, int64_t token, const float* 
   }
 }
 
-// A few tokens: every weight is decoded in registers, and the sum of a group multiplied by its scale.
+// Some tokens, with which weights are multiplied as soon as they are decoded.
 template <class Direct, Format kFormat, int kCount>
 INLINE void direct(const Product& p, int64_t block, int64_t token) {
   constexpr int64_t group = group_of(kFormat);
@@ -60,18 +61,15 @@ INLINE void direct(const Product& p, int64_t block, int64_t token) {
   const auto* x = static_cast<const typename Direct::Number*>(p.tokens) + token * k;
   const uint8_t* tile = p.packed + block * p.k_tiles * tile_bytes(kFormat);
   typename Direct::Sum total[kCount] = {};
-  for (int64_t i = 0; i < p.k_tiles; ++i, tile += tile_bytes(kFormat), x += kTile) {
+  for (int64_t i = 0; i < p.k_tiles; ++i, tile += tile_bytes(kFormat)) {
     fetch<kFormat>(tile + kAhead);
 #pragma GCC unroll 4
     for (int64_t first = 0; first < kTile; first += group) {
-      typename Direct::Sum sum[kCount] = {};
-      Direct::template sums<group, kCount>(tile + first * 8, x + first, k, sum);
       const Rows scale = load_scales<kFormat>(tile + kCodeBytes + first / group * kRows, p.row_scale + block * kRows);
-#pragma GCC unroll 8
-      for (int t = 0; t < kCount; ++t) total[t] = Direct::scaled(sum[t], scale, total[t]);
+      Direct::template add<group, kCount>(tile + first * 8, scale, x, k, i * kTile + first, total);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int t = 0; t < kCount; ++t) {
     float sums[kRows];
     store(sums, Direct::rows(total[t]));
@@ -88,8 +86,8 @@ INLINE void decode_panel(const Product& p, int64_t block, int64_t blocks, int64_
       const uint8_t* from = p.packed + ((block + b) * p.k_tiles + tile + i) * tile_bytes(kFormat);
       fetch<kFormat>(from + Operand::kTiles * tile_bytes(kFormat));
       for (int64_t first = 0; first < kTile; first += group) {
-        const Rows scale =
-            load_scales<kFormat>(from + kCodeBytes + first / group * kRows, p.row_scale + (block + b) * kRows);
+        const typename Operand::Scale scale(
+            load_scales<kFormat>(from + kCodeBytes + first / group * kRows, p.row_scale + (block + b) * kRows));
 #pragma GCC unroll 4
         for (int64_t k8 = first; k8 < first + group; k8 += 8) {
           const Words words = load<Words>(from + k8 * 8);
@@ -169,36 +167,57 @@ static void panels(const Product& p, int64_t block, int64_t blocks, int64_t firs
 
 // The tokens from `token` on, as many at a time as go.
 template <class Direct, Format kFormat, int kCount>
-INLINE void direct_from(const Product& p, int64_t block, int64_t token) {
-  for (; token + kCount <= p.m; token += kCount) direct<Direct, kFormat, kCount>(p, block, token);
-  if constexpr (kCount > 1) direct_from<Direct, kFormat, kCount / 2>(p, block, token);
+INLINE void direct_from(const Product& p, int64_t block, int64_t token, int64_t end) {
+  for (; token + kCount <= end; token += kCount) direct<Direct, kFormat, kCount>(p, block, token);
+  if constexpr (kCount > 1) direct_from<Direct, kFormat, kCount / 2>(p, block, token, end);
 }
 
-template <class Direct, class Panel, Format kFormat>
-static void product_of(const Product& p, int64_t begin, int64_t end) {
-  if (p.m <= Direct::kMost) {
-    for (int64_t block = begin; block < end; ++block) direct_from<Direct, kFormat, Direct::kTokens>(p, block, 0);
-    return;
+// Ways to multiply `count` tokens from `first` on by the rows of up to kBlocks blocks.
+template <class Direct>
+struct Directly {
+  static constexpr int64_t kMost = Direct::kMost, kBlocks = 1;
+  template <Format kFormat>
+  static void multiply(const Product& p, int64_t block, int64_t, int64_t first, int64_t count) {
+    direct_from<Direct, kFormat, Direct::kTokens>(p, block, first, first + count);
   }
+};
+
+template <class Panel>
+struct InPanels {
+  static constexpr int64_t kMost = kNever, kBlocks = Panel::kBlocks;
+  template <Format kFormat>
+  static void multiply(const Product& p, int64_t block, int64_t blocks, int64_t first, int64_t count) {
+    panels<Panel, kFormat>(p, block, blocks, first, count);
+  }
+};
+
+template <class Way, Format kFormat>
+static void product_of(const Product& p, int64_t begin, int64_t end) {
   for (int64_t first = 0; first < p.m; first += kChunkTokens)
-    for (int64_t block = begin; block < end; block += Panel::kBlocks)
-      panels<Panel, kFormat>(p, block, end - block < Panel::kBlocks ? end - block : Panel::kBlocks, first,
-                             p.m - first < kChunkTokens ? p.m - first : kChunkTokens);
+    for (int64_t block = begin; block < end; block += Way::kBlocks)
+      Way::template multiply<kFormat>(p, block, end - block < Way::kBlocks ? end - block : Way::kBlocks, first,
+                                      p.m - first < kChunkTokens ? p.m - first : kChunkTokens);
 }
 
-template <class Direct, class Panel>
+// In the first way that takes so many tokens.
+template <class Way, class... Others>
 static void product(const Product& p, int64_t begin, int64_t end) {
-  if (p.format == kNvfp4) product_of<Direct, Panel, kNvfp4>(p, begin, end);
-  else product_of<Direct, Panel, kMxfp4>(p, begin, end);
+  if constexpr (sizeof...(Others) > 0)
+    if (p.m > Way::kMost) return product<Others...>(p, begin, end);
+  if (p.format == kNvfp4) product_of<Way, kNvfp4>(p, begin, end);
+  else product_of<Way, kMxfp4>(p, begin, end);
 }
 
-// Direct for an operand whose weights(words, step) has one row in each place; a group's products are added up in kChains sums.
-template <class Operand, int kAtATime, int kInAll, int kChains = 1>
+// Direct for an operand whose weights(words, step) has one row in each place, and whose numbers from k = i on, of the t-th of
+// kCount tokens, are at<kCount>(x, k, t, i). A group's products are added up in kChains sums, which its scale multiplies.
+template <class Operand, int kAtATime, int64_t kInAll, int kChains = 1>
 struct RowByRow : Operand {
   typedef Rows Sum;
-  static constexpr int kTokens = kAtATime, kMost = kInAll;
+  static constexpr int kTokens = kAtATime;
+  static constexpr int64_t kMost = kInAll;
   template <int64_t kGroup, int kCount>
-  static INLINE void sums(const uint8_t* from, const typename Operand::Number* x, int64_t k, Rows* total) {
+  static INLINE void add(const uint8_t* from, const Rows& scale, const typename Operand::Number* x, int64_t k, int64_t first,
+                         Rows* total) {
     Rows sum[kChains][kCount] = {};
 #pragma GCC unroll 4
     for (int64_t k8 = 0; k8 < kGroup; k8 += 8) {
@@ -209,19 +228,16 @@ struct RowByRow : Operand {
 #pragma GCC unroll 8
         for (int t = 0; t < kCount; ++t) {
           Rows& chain = sum[step % kChains][t];
-          chain = Operand::multiply_add(weights, x + t * k + k8 + Operand::place(step), chain);
+          const auto* numbers = Operand::template at<kCount>(x, k, t, first + k8 + Operand::place(step));
+          chain = Operand::multiply_add(weights, numbers, chain);
         }
       }
     }
 #pragma GCC unroll 8
     for (int t = 0; t < kCount; ++t) {
-      total[t] = sum[0][t];
-      for (int c = 1; c < kChains; ++c) EACH_PART total[t].part[p] += sum[c][t].part[p];
+      for (int c = 1; c < kChains; ++c) EACH_PART sum[0][t].part[p] += sum[c][t].part[p];
+      EACH_PART total[t].part[p] = isa_multiply_add(sum[0][t].part[p], scale.part[p], total[t].part[p]);
     }
-  }
-  static INLINE Rows scaled(const Rows& sum, const Rows& scale, Rows total) {
-    EACH_PART total.part[p] = isa_multiply_add(sum.part[p], scale.part[p], total.part[p]);
-    return total;
   }
   static INLINE Rows rows(const Rows& total) { return total; }
 };
@@ -229,8 +245,13 @@ struct RowByRow : Operand {
 // Tokens in float: nibble i of a word is k = 2 i, or for the upper four 2 i - 7.
 struct FloatOperand {
   typedef float Number;
+  typedef Rows Scale;
   static constexpr int kSteps = 8;
   static constexpr int64_t place(int step) { return step < 4 ? 2 * step : 2 * step - 7; }
+  template <int kCount>
+  static INLINE const float* at(const float* x, int64_t k, int t, int64_t i) {
+    return x + t * k + i;
+  }
   static INLINE Rows weights(const Words& words, int step) {
     Rows values;
     EACH_PART values.part[p] = decode_e2m1(words.part[p], 4 * step);
@@ -248,4 +269,4 @@ struct FloatOperand {
   }
 };
 
-using FloatPanel = TokenByToken<FloatOperand>;
+using FloatPanels = InPanels<TokenByToken<FloatOperand>>;

@@ -96,8 +96,8 @@ INLINE void store_numbers(void* to, bool is_bf16, int64_t i, Floats x) {
   store(static_cast<uint16_t*>(to) + i, __builtin_convertvector(rounded, Halves));
 }
 
-// 16 bytes as 16 integers.
+// 16 bytes as 16 integers; in two steps, since GCC makes one of four bytes for one element by element.
 INLINE void load_bytes(const uint8_t* from, Ints (&to)[kParts]) {
   typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
-  EACH_PART to[p] = __builtin_convertvector(load<Bytes>(from + p * kWidth), Ints);
+  EACH_PART to[p] = __builtin_convertvector(__builtin_convertvector(load<Bytes>(from + p * kWidth), Halves), Ints);
 }

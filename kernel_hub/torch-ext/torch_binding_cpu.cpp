@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "../fp4_cpu/kernels.h"
@@ -231,49 +232,75 @@ std::tuple<Tensor, Tensor> cpu_prepare_activation(const Tensor& x, const std::op
   return prepare_tokens(x, global, format, quantize, hadamard, rule, fit_bf16(x, quantize));
 }
 
-Tensor cpu_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
-                const std::optional<Tensor>& bias, bool out_is_bf16) {
+namespace {
+
+struct Tokens {
+  const void* numbers;  // [count, 64 k_tiles]
+  bool are_bf16;
+  int64_t count;
+  const Tensor* scale;  // [count], [1], or null or [0]: none
+};
+
+Tensor multiply(const Tokens& tokens, const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
+                bool out_is_bf16) {
   const ScalarType dtype = out_is_bf16 ? ScalarType::BFloat16 : ScalarType::Float;
   Product p = {};
   p.format = format_of(packed);
   p.k_tiles = packed.size(1);
   p.n = packed.size(0) * kRows;
-  const bool bf16 = tokens.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK((bf16 || tokens.scalar_type() == ScalarType::Float) && tokens.is_cpu() && tokens.dim() == 2 &&
-                      tokens.is_contiguous() && tokens.size(1) == p.k_tiles * kTile,
-                  "the tokens have ", tokens.size(-1), " features (padded), the weight has ", p.k_tiles * kTile);
-  p.m = tokens.size(0);
+  p.m = tokens.count;
   STD_TORCH_CHECK(row_scale.is_cpu() && row_scale.numel() == p.n && row_scale.is_contiguous() &&
                       row_scale.scalar_type() == ScalarType::Float,
                   "row_scale does not belong to this prepared weight");
   STD_TORCH_CHECK(!bias.has_value() || (bias->is_cpu() && bias->numel() == p.n && bias->scalar_type() == dtype && bias->is_contiguous()),
                   "bias must be contiguous [N] of the output dtype");
-  STD_TORCH_CHECK(token_scale.numel() <= 1 || token_scale.numel() == p.m, "token_scale must be [M], [1] or [0]");
-  Tensor out = new_tensor(tokens, {p.m, p.n}, dtype);
+  const int64_t scales = tokens.scale == nullptr ? 0 : tokens.scale->numel();
+  STD_TORCH_CHECK(scales <= 1 || scales == p.m, "token_scale must be [M], [1] or [0]");
+  Tensor out = new_tensor(packed, {p.m, p.n}, dtype);
   if (p.m == 0) return out;
   const Kernels& isa = kernels();
   p.packed = data<uint8_t>(packed);
   p.row_scale = data<float>(row_scale);
-  p.token_scale = token_scale.numel() > 0 ? data<float>(token_scale) : nullptr;
-  p.token_scale_stride = token_scale.numel() > 1 ? 1 : 0;
+  p.tokens = tokens.numbers;
+  p.token_scale = scales > 0 ? data<float>(*tokens.scale) : nullptr;
+  p.token_scale_stride = scales > 1 ? 1 : 0;
   p.bias = bias.has_value() ? bias->data_ptr() : nullptr;
   p.out = out.data_ptr();
   p.out_is_bf16 = out_is_bf16;
-  const bool wide = bf16 && p.m < isa.bf16_from;
-  const Tensor numbers = wide ? torch::stable::to(tokens, ScalarType::Float) : tokens;
-  p.tokens = numbers.data_ptr();
-  const auto product = bf16 && !wide ? isa.product_bf16 : isa.product;
-  spread(packed.size(0), kRows * p.k_tiles * kTile * p.m, [&](int64_t begin, int64_t end) { product(p, begin, end); });
+  const int64_t k = p.k_tiles * kTile;
+  std::unique_ptr<uint16_t[]> interleaved;
+  if (tokens.are_bf16 && isa.interleave != nullptr && p.m > 1) {
+    interleaved.reset(new uint16_t[p.m * k]);
+    const auto* from = static_cast<const uint16_t*>(tokens.numbers);
+    spread(p.k_tiles, kTile * p.m, [&](int64_t begin, int64_t end) { isa.interleave(from, p.m, k, interleaved.get(), begin, end); });
+    p.tokens = interleaved.get();
+  }
+  const auto product = tokens.are_bf16 ? isa.product_bf16 : isa.product;
+  spread(packed.size(0), kRows * k * p.m, [&](int64_t begin, int64_t end) { product(p, begin, end); });
   return out;
+}
+
+}  // namespace
+
+Tensor cpu_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
+                const std::optional<Tensor>& bias, bool out_is_bf16) {
+  const int64_t k = packed.size(1) * kTile;
+  const bool bf16 = tokens.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK((bf16 || tokens.scalar_type() == ScalarType::Float) && tokens.is_cpu() && tokens.dim() == 2 &&
+                      tokens.is_contiguous() && tokens.size(1) == k,
+                  "the tokens have ", tokens.size(-1), " features (padded), the weight has ", k);
+  const bool wide = bf16 && tokens.size(0) < kernels().bf16_from;
+  const Tensor numbers = wide ? torch::stable::to(tokens, ScalarType::Float) : tokens;
+  return multiply({numbers.data_ptr(), bf16 && !wide, tokens.size(0), &token_scale}, packed, row_scale, bias, out_is_bf16);
 }
 
 Tensor cpu_linear(const Tensor& x, const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
                   const std::optional<Tensor>& global, bool quantize, int64_t hadamard, int64_t rule) {
+  const Format format = format_of(packed);
   const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16, as_bf16 = fit_bf16(x, quantize) && tokens_of(x) >= kernels().bf16_from;
   if (!quantize && hadamard == 0 && as_bf16 == out_is_bf16 && x.size(-1) == packed.size(1) * kTile && x.is_contiguous())
-    return cpu_gemm(torch::stable::view(x, {tokens_of(x), x.size(-1)}), new_tensor(x, {0}, ScalarType::Float), packed, row_scale,
-                    bias, out_is_bf16);
-  auto [tokens, token_scale] = prepare_tokens(x, global, format_of(packed), quantize, hadamard, rule, as_bf16);
+    return multiply({x.data_ptr(), as_bf16, tokens_of(x), nullptr}, packed, row_scale, bias, out_is_bf16);
+  auto [tokens, token_scale] = prepare_tokens(x, global, format, quantize, hadamard, rule, as_bf16);
   return cpu_gemm(tokens, token_scale, packed, row_scale, bias, out_is_bf16);
 }
 

@@ -217,6 +217,14 @@ def _cpu_linear(x, q, packed, row_scale, bias):
     return y.to(x.dtype)
 
 
+def _cpu_linears(x, q, packed, row_scale, biases):
+    weights = zip(packed, row_scale, biases, strict=True)
+    if len(packed) == 1 or not (q.quantize or q.hadamard):  # there is nothing to share
+        return [_cpu_linear(x, q, *weight) for weight in weights]
+    tokens = _cpu_tokens(x, q)
+    return [_cpu_gemm(tokens, *weight) for weight in weights]
+
+
 class _Backend(NamedTuple):
     """What a backend does once the arguments are checked."""
 
@@ -262,6 +270,7 @@ _BACKENDS = {
         _cpu_tokens,
         _cpu_gemm,
         _cpu_linear,
+        linears=_cpu_linears,
     ),
 }
 
