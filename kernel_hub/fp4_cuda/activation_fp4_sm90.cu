@@ -237,8 +237,10 @@ void launch_chunks(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
 template <typename T, Format F, Output O, bool kGated = false>
 void launch(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
   constexpr int64_t kMany = 132 * 2048 * 8;  // values that fill the GPU, 8 a thread
-  if (static_cast<int64_t>(a.m) * a.k < kMany) launch_chunks<T, F, O, kGated, 8>(a, dynamic, stream);
-  else launch_chunks<T, F, O, kGated, 16>(a, dynamic, stream);
+  if constexpr (O == Output::kRotated || O == Output::kTiled16 || O == Output::kTiled8) {  // a product waits for them
+    if (static_cast<int64_t>(a.m) * a.k < kMany) return launch_chunks<T, F, O, kGated, 8>(a, dynamic, stream);
+  }
+  launch_chunks<T, F, O, kGated, 16>(a, dynamic, stream);
 }
 
 template <typename T>

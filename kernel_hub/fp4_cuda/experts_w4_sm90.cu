@@ -286,7 +286,7 @@ __device__ __forceinline__ void consume_items(const ExpertsArgs& args, const Rin
       float acc[tokens.value / 2];
 #pragma unroll
       for (int r = 0; r < tokens.value / 2; ++r) acc[r] = 0.0f;
-      consume16<T, kOperand, kFormat, tokens.value>(ring, releaser, args.p.k_tiles, at, acc);
+      consume16<T, kOperand, kFormat, tokens.value>(ring, releaser, args.p.k_tiles, 0, at, acc);
       write_item<tokens.value, Out>(args, item, rows, n0, staging, acc);
     };
     if constexpr (kTokens == 96) {  // the last tile of an expert is rarely full

@@ -32,7 +32,7 @@ struct Shape {
   static constexpr int kBlocksPerSm = kTokens <= 64 ? 2 : 1;
   // Alone on its multiprocessor and with registers to spare, a block does several items, so that the ring is filled for the
   // next one while the results of one are written.
-  static constexpr bool kItems = kE4m3 && kTokens >= 128;
+  static constexpr bool kItems = kTokens >= 128;
   static constexpr int kTilesPerStage = kE4m3 ? kPromoteTiles : kTokens <= 128 ? 2 : 1;
   static constexpr int kStages = kE4m3 ? (kTokens == 64 ? 6 : kTokens == 256 ? 5 : 8)
                                        : (kTokens <= 32 ? 6 : kTokens == 64 ? 4 : 5);
@@ -374,11 +374,11 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
       float acc[kTokens / 2];
 #pragma unroll
       for (int r = 0; r < kTokens / 2; ++r) acc[r] = 0.0f;
+      const int stages_after = T::kItems ? (items.count - 1 - i) * stages_for<T>(k.count) : 0;
       if constexpr (T::kE4m3) {
-        const int stages_after = T::kItems ? (items.count - 1 - i) * stages_for<T>(k.count) : 0;
         consume_e4m3<T, kTokens>(ring, releaser, k.count, stages_after, base + T::kTableOffset, at, acc);
       } else {
-        consume16<T, kOperand, kFormat, kTokens>(ring, releaser, k.count, at, acc);
+        consume16<T, kOperand, kFormat, kTokens>(ring, releaser, k.count, stages_after, at, acc);
       }
       grid_dependency_wait();
       GemmArgs mine = args;
