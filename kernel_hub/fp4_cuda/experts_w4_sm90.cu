@@ -338,13 +338,6 @@ __global__ void __launch_bounds__(Traits<kFormat, kTokens>::kThreads, Traits<kFo
   }
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
-}
-
 template <Operand kOperand, Format kFormat, int kTokens>
 void launch(const ExpertsProblem& p, cudaStream_t stream) {
   using T = Traits<kFormat, kTokens>;

@@ -278,12 +278,9 @@ void launch(const GemmProblem& p, const FusedTokens& fused, cudaStream_t stream)
   const auto kernel = gemv_w4_kernel<kOperand, kFormat, S, kTokens>;
   const int smem = Places<S, kFormat, kTokens>(p.m, p.k_tiles).end;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem), "shared memory");
-  int device = 0, sms = 0, per_sm = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, S::kWarps * 32, smem), "occupancy");
+  const int per_sm = std::min(S::kBlocks, kMultiprocessorBytes / (smem + kBlockBytes));
   const int units = row_blocks_of(p, S::kRows);
-  launch_after(kernel, dim3(std::min(units, sms * per_sm)), dim3(S::kWarps * 32), smem, 1, stream,
+  launch_after(kernel, dim3(std::min(units, multiprocessors() * per_sm)), dim3(S::kWarps * 32), smem, 1, stream,
                GemvArgs{p, factor_of(kOperand, kFormat), units, fused});
 }
 
