@@ -82,7 +82,8 @@ class SecondMoments:
     def sum_over(self, sum_: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Add what other processes collected; ``sum_`` adds up a tensor over all of them, in place."""
         tokens = torch.tensor([self.tokens], dtype=torch.int64, device=self._sum.device)
-        for total in (self._sum, self._cross, tokens):
+        panels = (self._sum[start:stop, :stop] for start, stop in _panels(self._sum))
+        for total in (*panels, self._cross, tokens):
             if total is not None:
                 sum_(total)
         self.tokens = int(tokens)

@@ -81,6 +81,16 @@ class _Recorder:
         self.squares[module] = self.squares.get(module, 0) + squares
 
 
+    def share(self, team: Team) -> None:
+        """Take the first process's squares, for all linears of the block."""
+        linears = [module for module in self._block.modules() if isinstance(module, nn.Linear)]
+        zeros = [torch.zeros(linear.in_features, device=block_device(self._block)) for linear in linears]
+        if team.rank == 0:
+            zeros = list(map(self.squares.get, linears, zeros))
+        squares = team.sum_(torch.cat(zeros)).split([linear.in_features for linear in linears])
+        self.squares = dict(zip(linears, squares, strict=True))
+
+
 _Change = tuple[Tensor, Tensor]
 """A parameter and the data that it had."""
 
@@ -106,12 +116,7 @@ def equalize(
     recorder = _Recorder(block)
     with recorder.hooks():
         before = run_block(block, hidden, call)
-    for module in block.modules():  # in everybody's order
-        if isinstance(module, nn.Linear):
-            squares = torch.zeros(module.in_features, device=hidden.device)
-            if team.rank == 0 and module in recorder.squares:
-                squares += recorder.squares[module]
-            recorder.squares[module] = team.sum_(squares)
+    recorder.share(team)
     added = (before - hidden).float().norm()
 
     def differs() -> bool:

@@ -261,8 +261,12 @@ class Group:
     def _stacked(self) -> torch.Tensor:
         return torch.cat([linear.weight.detach().float() for linear in self._linears.values()])
 
-    def _global_scale(self, weight: torch.Tensor) -> torch.Tensor | None:
-        return weight_global_scale(weight.abs().amax().view(1)) if self._format.has_global_scale else None
+    def _global_scale(self, weight: torch.Tensor, team: Team | None = None) -> torch.Tensor | None:
+        """Of a weight, of which each process of ``team`` has some rows, maybe none."""
+        if not self._format.has_global_scale:
+            return None
+        absmax = weight.new_zeros(1) if not len(weight) else weight.abs().amax().view(1)
+        return weight_global_scale(absmax if team is None else team.max_(absmax))
 
     def _scales(
         self, weight: torch.Tensor, second: torch.Tensor, global_scale: torch.Tensor | None
@@ -299,21 +303,23 @@ class Group:
         second, cross = moments.mean(None if self._rule is None else self._input_scale)
         self._moments = moments = self._aimed = None  # nothing else may keep what is freed below
         self._fix_input_scale()
-        weight = rotate(self._stacked(), self.hadamard_size)
+        count = self._rows
+        rows = team.rows(count)
+        weight = rotate(self._stacked()[rows], self.hadamard_size)
         order = self._order(second)
         factor = OrderedFactor.of(second, order, config.damp_percent, self._title)
         if cross is not None:
-            wanted = cross if self._aims_by_outputs else weight @ cross
+            wanted = cross[rows] if self._aims_by_outputs else weight @ cross
             del cross
             weight = factor.correct_target(weight, wanted, config.error_correction)
             del wanted
-        global_scale, count = self._global_scale(weight), len(weight)
-        part, power = self._solve_rows(weight[team.rows(count)], second, factor, order, global_scale)
+        global_scale = self._global_scale(weight, team)
+        part, power = self._solve_rows(weight, second, factor, order, global_scale)
         del weight, second, factor
         packed, scales = (team.join_rows(tensor, count) for tensor in (part.packed, part.scale))
         quantized = FP4Weight(packed, scales, global_scale, self._format)
-        rows = [linear.out_features for linear in self._linears.values()]
-        for name, part in zip(self.names, quantized.split(rows), strict=True):
+        sizes = [linear.out_features for linear in self._linears.values()]
+        for name, part in zip(self.names, quantized.split(sizes), strict=True):
             self._take(name, part)
         return dict.fromkeys(self.names, Outcome.of(team.sum_(power).tolist()))
 

@@ -41,7 +41,9 @@ class Team:
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up everybody's ``tensor``, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            whole = tensor.contiguous()
+            dist.all_reduce(whole)
+            tensor.copy_(whole)
         return tensor
 
     def max_(self, tensor: torch.Tensor) -> torch.Tensor:
