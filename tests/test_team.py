@@ -122,6 +122,7 @@ def test_one_process_is_a_team_of_its_own():
     assert torch.equal(team.sum_(tensor.clone()), tensor) and torch.equal(team.max_(tensor.clone()), tensor)
     assert torch.equal(team.join_rows(tensor[team.rows(3)], 3), tensor) and team.rows(3) == slice(0, 3)
     assert team.share([1, 2, 3]) == [1, 2, 3]
+    assert team.first_of([tensor], tensor.device) == [tensor] and team.first_of([], tensor.device) == []
     assert team.decide(True, lambda: "choice") == "choice"
     assert team.decide(False, lambda: pytest.fail("nobody is able")) is None
 

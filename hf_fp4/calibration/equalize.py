@@ -80,15 +80,15 @@ class _Recorder:
         squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
         self.squares[module] = self.squares.get(module, 0) + squares
 
-
     def share(self, team: Team) -> None:
         """Take the first process's squares, for all linears of the block."""
         linears = [module for module in self._block.modules() if isinstance(module, nn.Linear)]
-        zeros = [torch.zeros(linear.in_features, device=block_device(self._block)) for linear in linears]
-        if team.rank == 0:
-            zeros = list(map(self.squares.get, linears, zeros))
-        squares = team.sum_(torch.cat(zeros)).split([linear.in_features for linear in linears])
-        self.squares = dict(zip(linears, squares, strict=True))
+        sizes = [linear.in_features for linear in linears]
+        every = torch.zeros(sum(sizes), device=block_device(self._block))
+        for linear, squares in zip(linears, every.split(sizes), strict=True):
+            if team.rank == 0 and linear in self.squares:
+                squares.copy_(self.squares[linear])
+        self.squares = dict(zip(linears, team.sum_(every).split(sizes), strict=True))
 
 
 _Change = tuple[Tensor, Tensor]

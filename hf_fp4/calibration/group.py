@@ -142,7 +142,7 @@ class Group:
         """Choose the rotation on ``samples``, of inputs and the weight for them, and a scale for the time being."""
         size = self._config.hadamard_group_size
         if isinstance(size, str):  # "auto"
-            size = self._team.decide(len(first) > 0, lambda: self._best_size(samples()))
+            size = self._best_size(samples() if len(first) else [], first.device)
         self.hadamard_size = size
         if self._format.has_global_scale:
             absmax = torch.zeros(1, device=first.device)
@@ -205,27 +205,35 @@ class Group:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return quantize_input(self._kernels, x, self._format, self._rule, self.hadamard_size, scale)
 
-    def _best_size(self, samples: list[tuple[torch.Tensor, torch.Tensor]]) -> int | None:
-        """The size, or none, whose solve leaves the least output error on the half of each sample that it did not see."""
-        if not samples:
+    def _best_size(
+        self, samples: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+    ) -> int | None:
+        """The size, or none, whose solve leaves the least output error on the half of each sample that it did not see.
+
+        On the samples of the first process that has any; each tries some of the sizes.
+        """
+        parts = self._team.first_of([part for sample in samples for part in _some(*sample)], device)
+        if not parts:
             return None
-        halves = [self._halves(*sample) for sample in samples]
-        sizes = [None, *(k for k in HADAMARD_SIZES if samples[0][0].shape[-1] % k == 0)]
-        tasks: list[Callable[[], _Trial]] = [
-            partial(self._trial, size, *half) for size in sizes for half in halves
-        ]
-        trials = _side_by_side(tasks, samples[0][0].device)
-        solved = self._solve_trials(trials).dequantize()
-        errors = torch.stack([trial.error(each) for trial, each in zip(trials, solved, strict=True)])
-        # NaN, where a factorization failed, is no better than anything.
-        return sizes[int(errors.view(len(sizes), -1).sum(1).nan_to_num(nan=torch.inf).argmin())]
+        halves = [self._halves(*sample) for sample in zip(parts[::2], parts[1::2], strict=True)]
+        sizes = [None, *(k for k in HADAMARD_SIZES if parts[0].shape[-1] % k == 0)]
+        mine = slice(self._team.rank, None, self._team.size)
+        errors = torch.zeros(len(sizes), device=device)
+        if sizes[mine]:
+            tasks: list[Callable[[], _Trial]] = [
+                partial(self._trial, size, *half) for size in sizes[mine] for half in halves
+            ]
+            trials = _side_by_side(tasks, device)
+            solved = self._solve_trials(trials).dequantize()
+            each = torch.stack([trial.error(q) for trial, q in zip(trials, solved, strict=True)])
+            # NaN, where a factorization failed, is no better than anything.
+            errors[mine] = each.view(-1, len(halves)).sum(1).nan_to_num(nan=torch.inf)
+        return sizes[int(self._team.sum_(errors).argmin())]
 
     def _halves(
         self, sample: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, DampedMoments, torch.Tensor]:
-        """Of a sample of inputs and the weight for them: some of the weight, moments of one half, and the other half."""
-        columns = _spread_columns(sample.shape[-1], sample.device)
-        sample, weight = sample[:, columns], spread(weight, ROTATION_ROWS)[:, columns]
+        """Of `_some` of a sample: the weight, moments of one half of the inputs, and the other half."""
         seen, unseen = sample[0::2].float(), sample[1::2].float()
         moments = DampedMoments.of(seen.T @ seen / len(seen), self._config.damp_percent, self._title)
         return weight, moments, unseen
@@ -442,6 +450,12 @@ def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
 def spread(rows: torch.Tensor, count: int) -> torch.Tensor:
     """At most ``count`` rows, evenly spread."""
     return rows[:: max(1, -(-len(rows) // count))]
+
+
+def _some(sample: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a sample of inputs and the weight for them, what the trials of rotations take."""
+    columns = _spread_columns(sample.shape[-1], sample.device)
+    return sample[:, columns], spread(weight, ROTATION_ROWS)[:, columns]
 
 
 def _spread_columns(features: int, device: torch.device) -> torch.Tensor:

@@ -63,6 +63,19 @@ class Team:
             dist.broadcast_object_list(choice, src=source)
         return choice[0]
 
+    def first_of(self, tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        """The tensors, in all processes, of the first one that has any; they are on ``device``."""
+        if self.size == 1:
+            return tensors
+        found = self._all([(tensor.shape, tensor.dtype) for tensor in tensors])
+        source = next((rank for rank, kinds in enumerate(found) if kinds), 0)
+        if self.rank != source:
+            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in found[source]]
+        tensors = [tensor.contiguous() for tensor in tensors]
+        for tensor in tensors:
+            dist.broadcast(tensor.view(torch.uint8), src=source)
+        return tensors
+
     def rows(self, count: int) -> slice:
         """Which of ``count`` rows this process solves."""
         chunk = -(-count // self.size)
