@@ -134,6 +134,8 @@ def test_shares_are_disjoint_and_complete(size, count):
         team.size, team.rank = size, rank
     rows = [index for team in teams for index in range(count)[team.rows(count)]]
     assert rows == list(range(count))
+    samples = [index for team in teams for index in range(count)[team.samples(count)]]
+    assert set(samples) == set(range(count)) and len(samples) == max(size, count)
     if count >= size:
         assert sorted(batch for team in teams for batch in team.share(range(count))) == list(range(count))
     else:

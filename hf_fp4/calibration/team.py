@@ -38,6 +38,10 @@ class Team:
             )
         return list(batches[self.rank :: self.size])
 
+    def samples(self, count: int) -> slice:
+        """This process's of the ``count`` samples of one batch; where that leaves it none, one that another has too."""
+        return slice(self.rank % count, None, self.size)
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up everybody's ``tensor``, in place."""
         if self.size > 1:
