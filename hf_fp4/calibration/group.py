@@ -300,9 +300,6 @@ class Group:
         """Quantize the group's weights from what was observed; what became of each linear, by its name."""
         config, team, moments = self._config, self._team, self._moments
         assert moments is not None
-        corrects = config.uses_original_stream
-        if corrects and team.decide(not moments.has_cross, lambda: True):
-            moments.forget_cross()
         moments.sum_over(team.sum_)
         if moments.tokens == 0:
             raise ValueError(

@@ -1,7 +1,7 @@
 """The processes that calibrate one model together, when torch.distributed is initialised (torchrun, accelerate launch).
 
-Each takes its share of the calibration batches; sums of second moments are everybody's, so all hold the same, and each
-solves its share of a weight's rows.
+Each takes its share of the calibration batches; sums of second moments are everybody's, so all hold the same. Each tries its
+share of the rotations, and corrects and solves its share of a weight's rows.
 """
 
 from __future__ import annotations
