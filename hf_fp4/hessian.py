@@ -80,12 +80,15 @@ class SecondMoments:
         self._cross = None
 
     def sum_over(self, sum_: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Add what other processes collected; ``sum_`` adds up a tensor over all of them, in place."""
-        tokens = torch.tensor([self.tokens], dtype=torch.int64, device=self._sum.device)
-        for total in (self._sum, self._cross, tokens):
-            if total is not None:
-                sum_(total)
-        self.tokens = int(tokens)
+        """Add what other processes collected, cross moments if all did; ``sum_`` adds up a tensor over them, in place."""
+        counts = torch.tensor([self.tokens, not self.has_cross], dtype=torch.int64, device=self._sum.device)
+        self.tokens, lacking = sum_(counts).tolist()
+        if lacking:
+            self.forget_cross()
+        for start, stop in _panels(self._sum):
+            sum_(self._sum[start:stop, :stop])
+        if self._cross is not None:
+            sum_(self._cross)
 
     def mean(self, divisor: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``S / tokens`` and ``C / tokens`` (None when not collected), in the memory of the sums: ask once.

@@ -122,6 +122,7 @@ def test_one_process_is_a_team_of_its_own():
     assert torch.equal(team.sum_(tensor.clone()), tensor) and torch.equal(team.max_(tensor.clone()), tensor)
     assert torch.equal(team.join_rows(tensor[team.rows(3)], 3), tensor) and team.rows(3) == slice(0, 3)
     assert team.share([1, 2, 3]) == [1, 2, 3]
+    assert team.first_of([tensor], tensor.device) == [tensor] and team.first_of([], tensor.device) == []
     assert team.decide(True, lambda: "choice") == "choice"
     assert team.decide(False, lambda: pytest.fail("nobody is able")) is None
 
@@ -133,6 +134,8 @@ def test_shares_are_disjoint_and_complete(size, count):
         team.size, team.rank = size, rank
     rows = [index for team in teams for index in range(count)[team.rows(count)]]
     assert rows == list(range(count))
+    samples = [index for team in teams for index in range(count)[team.samples(count)]]
+    assert set(samples) == set(range(count)) and len(samples) == max(size, count)
     if count >= size:
         assert sorted(batch for team in teams for batch in team.share(range(count))) == list(range(count))
     else:

@@ -145,7 +145,11 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
         plans = probe(model, blocks, data.batches[0][:1])
     groups, skipped = _plan_groups(blocks, plans, selection.selected, selection.skipped)
     work = _open_work_dir(fingerprint, config, data) if team.rank == 0 else None
-    captured = list(capture_block_inputs(model, blocks, plans, team.share(data.batches)))
+    first = data.batches[0]
+    shared, *captured = capture_block_inputs(
+        model, blocks, plans, [first[team.samples(len(first))], *team.share(data.batches)]
+    )
+    shared_calls = shared.calls
     streams = waits_on_disk(blocks.modules[0])
     device = _calibration_device(config, blocks.modules)
     resting = _resting_device([inputs.hidden for inputs in captured], device or captured[0].hidden.device)
@@ -153,7 +157,7 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
         _Batch(inputs.hidden, inputs.hidden if config.uses_original_stream else None, inputs.calls, resting)
         for inputs in captured
     ]
-    del captured
+    del captured, shared
     reports: list[LayerReport] = []
     start = time.perf_counter()
     bar = logging.tqdm(
@@ -169,7 +173,8 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
                 block = _Block(
                     blocks.modules[index], name, index, groups[index], outlets, config, threads, team
                 )
-                reports += block.quantize(batches, work, advance=index < len(blocks.modules) - 1)
+                advance = index < len(blocks.modules) - 1
+                reports += block.quantize(batches, shared_calls[index], work, advance=advance)
                 block.replace(model, work if streams else None)
                 kept = block.kept
                 del block
@@ -202,20 +207,26 @@ class _Block:
         self.kept: dict[str, torch.Tensor] = {}
         """Parameters that changed and are none of a quantized linear, by name."""
 
-    def quantize(self, batches: list[_Batch], work: WorkDir | None, *, advance: bool) -> list[LayerReport]:
+    def quantize(
+        self, batches: list[_Batch], shared: BlockCall, work: WorkDir | None, *, advance: bool
+    ) -> list[LayerReport]:
         """Solve every group, or take the block from the work directory when an earlier run finished it.
+
+        ``shared``: the call for this process's samples of the batch on which all equalize.
 
         With ``advance`` both streams are moved to the next block's input.
         """
         finished = self._team.decide(work is not None, lambda: work.load(self._index) if work else None)
         if finished is None and self._groups:
-            return self._solve(batches, work, advance=advance)
+            return self._solve(batches, shared, work, advance=advance)
         reports = self._restore(*finished) if finished else []
         if advance:
             self._advance(batches)
         return reports
 
-    def _solve(self, batches: list[_Batch], work: WorkDir | None, *, advance: bool) -> list[LayerReport]:
+    def _solve(
+        self, batches: list[_Batch], shared: BlockCall, work: WorkDir | None, *, advance: bool
+    ) -> list[LayerReport]:
         reports: list[LayerReport] = []
         solved: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         last = len(self._groups) - 1
@@ -223,8 +234,7 @@ class _Block:
         tokens = [batch.quantized.shape[:-1].numel() for batch in batches]
         if self._config.equalize:
             names = [group.names for group in self._groups]
-            first = batches[0]
-            self.kept = equalize(self._module, first.quantized, first.calls[self._index], names, self._team)
+            self.kept = equalize(self._module, batches[0].quantized, shared, names, self._team)
         entries = [group.entries for group in self._groups]
         with paused_forwards(self._module, entries, self._threads, self._outlets) as begin:
             quantized, original = [], []

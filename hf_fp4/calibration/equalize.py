@@ -80,6 +80,16 @@ class _Recorder:
         squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
         self.squares[module] = self.squares.get(module, 0) + squares
 
+    def add_up(self, team: Team, *, counts: bool) -> None:
+        """Make everybody's squares the sums over those that count, for all linears of the block."""
+        linears = [module for module in self._block.modules() if isinstance(module, nn.Linear)]
+        sizes = [linear.in_features for linear in linears]
+        every = torch.zeros(sum(sizes), device=block_device(self._block))
+        for linear, squares in zip(linears, every.split(sizes), strict=True):
+            if counts and linear in self.squares:
+                squares.copy_(self.squares[linear])
+        self.squares = dict(zip(linears, team.sum_(every).split(sizes), strict=True))
+
 
 _Change = tuple[Tensor, Tensor]
 """A parameter and the data that it had."""
@@ -95,23 +105,22 @@ def equalize(
 
     Args:
         block: a decoder block whose linears are still `nn.Linear`.
-        hidden, call: what it is called with, ``hidden`` [B, T, hidden_size].
+        hidden: the batch, [B, T, hidden_size], of which each process takes its samples; the first process's counts.
+        call: what the block is called with beside this process's samples.
         groups: the linears that will be quantized, by shared input; no others are changed.
-        team: the first process's statistics are everybody's, which are those of a process alone.
+        team: the processes that do it together.
 
     Returns:
         Norms' parameters that changed, by name relative to the block: they stay in the model beside the quantized linears.
     """
     hidden = hidden.to(block_device(block))  # the block before may be elsewhere
+    (hidden,) = team.first_of([hidden] if team.rank == 0 else [], hidden.device)
+    twice = team.rank >= len(hidden)
+    hidden = hidden[team.samples(len(hidden))]
     recorder = _Recorder(block)
     with recorder.hooks():
         before = run_block(block, hidden, call)
-    for module in block.modules():  # in everybody's order
-        if isinstance(module, nn.Linear):
-            squares = torch.zeros(module.in_features, device=hidden.device)
-            if team.rank == 0 and module in recorder.squares:
-                squares += recorder.squares[module]
-            recorder.squares[module] = team.sum_(squares)
+    recorder.add_up(team, counts=not twice)
     added = (before - hidden).float().norm()
 
     def differs() -> bool:

@@ -142,7 +142,7 @@ class Group:
         """Choose the rotation on ``samples``, of inputs and the weight for them, and a scale for the time being."""
         size = self._config.hadamard_group_size
         if isinstance(size, str):  # "auto"
-            size = self._team.decide(len(first) > 0, lambda: self._best_size(samples()))
+            size = self._best_size(samples() if len(first) else [], first.device)
         self.hadamard_size = size
         if self._format.has_global_scale:
             absmax = torch.zeros(1, device=first.device)
@@ -205,27 +205,35 @@ class Group:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return quantize_input(self._kernels, x, self._format, self._rule, self.hadamard_size, scale)
 
-    def _best_size(self, samples: list[tuple[torch.Tensor, torch.Tensor]]) -> int | None:
-        """The size, or none, whose solve leaves the least output error on the half of each sample that it did not see."""
-        if not samples:
+    def _best_size(
+        self, samples: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+    ) -> int | None:
+        """The size, or none, whose solve leaves the least output error on the half of each sample that it did not see.
+
+        On the samples of the first process that has any; each tries some of the sizes.
+        """
+        parts = self._team.first_of([part for sample in samples for part in _some(*sample)], device)
+        if not parts:
             return None
-        halves = [self._halves(*sample) for sample in samples]
-        sizes = [None, *(k for k in HADAMARD_SIZES if samples[0][0].shape[-1] % k == 0)]
-        tasks: list[Callable[[], _Trial]] = [
-            partial(self._trial, size, *half) for size in sizes for half in halves
-        ]
-        trials = _side_by_side(tasks, samples[0][0].device)
-        solved = self._solve_trials(trials).dequantize()
-        errors = torch.stack([trial.error(each) for trial, each in zip(trials, solved, strict=True)])
-        # NaN, where a factorization failed, is no better than anything.
-        return sizes[int(errors.view(len(sizes), -1).sum(1).nan_to_num(nan=torch.inf).argmin())]
+        halves = [self._halves(*sample) for sample in zip(parts[::2], parts[1::2], strict=True)]
+        sizes = [None, *(k for k in HADAMARD_SIZES if parts[0].shape[-1] % k == 0)]
+        mine = slice(self._team.rank, None, self._team.size)
+        errors = torch.zeros(len(sizes), device=device)
+        if sizes[mine]:
+            tasks: list[Callable[[], _Trial]] = [
+                partial(self._trial, size, *half) for size in sizes[mine] for half in halves
+            ]
+            trials = _side_by_side(tasks, device)
+            solved = self._solve_trials(trials).dequantize()
+            each = torch.stack([trial.error(q) for trial, q in zip(trials, solved, strict=True)])
+            # NaN, where a factorization failed, is no better than anything.
+            errors[mine] = each.view(-1, len(halves)).sum(1).nan_to_num(nan=torch.inf)
+        return sizes[int(self._team.sum_(errors).argmin())]
 
     def _halves(
         self, sample: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, DampedMoments, torch.Tensor]:
-        """Of a sample of inputs and the weight for them: some of the weight, moments of one half, and the other half."""
-        columns = _spread_columns(sample.shape[-1], sample.device)
-        sample, weight = sample[:, columns], spread(weight, ROTATION_ROWS)[:, columns]
+        """Of `_some` of a sample: the weight, moments of one half of the inputs, and the other half."""
         seen, unseen = sample[0::2].float(), sample[1::2].float()
         moments = DampedMoments.of(seen.T @ seen / len(seen), self._config.damp_percent, self._title)
         return weight, moments, unseen
@@ -261,8 +269,12 @@ class Group:
     def _stacked(self) -> torch.Tensor:
         return torch.cat([linear.weight.detach().float() for linear in self._linears.values()])
 
-    def _global_scale(self, weight: torch.Tensor) -> torch.Tensor | None:
-        return weight_global_scale(weight.abs().amax().view(1)) if self._format.has_global_scale else None
+    def _global_scale(self, weight: torch.Tensor, team: Team | None = None) -> torch.Tensor | None:
+        """Of a weight, of which each process of ``team`` has some rows, maybe none."""
+        if not self._format.has_global_scale:
+            return None
+        absmax = weight.new_zeros(1) if not len(weight) else weight.abs().amax().view(1)
+        return weight_global_scale(absmax if team is None else team.max_(absmax))
 
     def _scales(
         self, weight: torch.Tensor, second: torch.Tensor, global_scale: torch.Tensor | None
@@ -288,9 +300,6 @@ class Group:
         """Quantize the group's weights from what was observed; what became of each linear, by its name."""
         config, team, moments = self._config, self._team, self._moments
         assert moments is not None
-        corrects = config.uses_original_stream
-        if corrects and team.decide(not moments.has_cross, lambda: True):
-            moments.forget_cross()
         moments.sum_over(team.sum_)
         if moments.tokens == 0:
             raise ValueError(
@@ -299,21 +308,23 @@ class Group:
         second, cross = moments.mean(None if self._rule is None else self._input_scale)
         self._moments = moments = self._aimed = None  # nothing else may keep what is freed below
         self._fix_input_scale()
-        weight = rotate(self._stacked(), self.hadamard_size)
+        count = self._rows
+        rows = team.rows(count)
+        weight = rotate(self._stacked()[rows], self.hadamard_size)
         order = self._order(second)
         factor = OrderedFactor.of(second, order, config.damp_percent, self._title)
         if cross is not None:
-            wanted = cross if self._aims_by_outputs else weight @ cross
+            wanted = cross[rows] if self._aims_by_outputs else weight @ cross
             del cross
             weight = factor.correct_target(weight, wanted, config.error_correction)
             del wanted
-        global_scale, count = self._global_scale(weight), len(weight)
-        part, power = self._solve_rows(weight[team.rows(count)], second, factor, order, global_scale)
+        global_scale = self._global_scale(weight, team)
+        part, power = self._solve_rows(weight, second, factor, order, global_scale)
         del weight, second, factor
         packed, scales = (team.join_rows(tensor, count) for tensor in (part.packed, part.scale))
         quantized = FP4Weight(packed, scales, global_scale, self._format)
-        rows = [linear.out_features for linear in self._linears.values()]
-        for name, part in zip(self.names, quantized.split(rows), strict=True):
+        sizes = [linear.out_features for linear in self._linears.values()]
+        for name, part in zip(self.names, quantized.split(sizes), strict=True):
             self._take(name, part)
         return dict.fromkeys(self.names, Outcome.of(team.sum_(power).tolist()))
 
@@ -436,6 +447,12 @@ def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
 def spread(rows: torch.Tensor, count: int) -> torch.Tensor:
     """At most ``count`` rows, evenly spread."""
     return rows[:: max(1, -(-len(rows) // count))]
+
+
+def _some(sample: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a sample of inputs and the weight for them, what the trials of rotations take."""
+    columns = _spread_columns(sample.shape[-1], sample.device)
+    return sample[:, columns], spread(weight, ROTATION_ROWS)[:, columns]
 
 
 def _spread_columns(features: int, device: torch.device) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The processes that calibrate one model together, when torch.distributed is initialised (torchrun, accelerate launch).
 
-Each takes its share of the calibration batches; sums of second moments are everybody's, so all hold the same, and each
-solves its share of a weight's rows.
+Each takes its share of the calibration batches; sums of second moments are everybody's, so all hold the same. Each tries its
+share of the rotations, and corrects and solves its share of a weight's rows.
 """
 
 from __future__ import annotations
@@ -38,10 +38,16 @@ class Team:
             )
         return list(batches[self.rank :: self.size])
 
+    def samples(self, count: int) -> slice:
+        """This process's of the ``count`` samples of one batch; where that leaves it none, one that another has too."""
+        return slice(self.rank % count, None, self.size)
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up everybody's ``tensor``, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            whole = tensor.contiguous()
+            dist.all_reduce(whole)
+            tensor.copy_(whole)
         return tensor
 
     def max_(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -60,6 +66,19 @@ class Team:
         if self.size > 1:
             dist.broadcast_object_list(choice, src=source)
         return choice[0]
+
+    def first_of(self, tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        """The tensors, in all processes, of the first one that has any; they are on ``device``."""
+        if self.size == 1:
+            return tensors
+        found = self._all([(tensor.shape, tensor.dtype) for tensor in tensors])
+        source = next((rank for rank, kinds in enumerate(found) if kinds), 0)
+        if self.rank != source:
+            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in found[source]]
+        tensors = [tensor.contiguous() for tensor in tensors]
+        for tensor in tensors:
+            dist.broadcast(tensor.view(torch.uint8), src=source)
+        return tensors
 
     def rows(self, count: int) -> slice:
         """Which of ``count`` rows this process solves."""
