@@ -44,7 +44,7 @@ from .capture import (
 from .checkpoint import WorkDir, recipe, weights_fingerprint
 from .data import CalibrationData
 from .equalize import equalize, set_parameters
-from .experts import group_of
+from .experts import group_of, weights_together
 from .forwards import Known, paused_forwards
 from .group import new_layer
 from .offload import bring_to_memory, named_parameters, return_freed_memory, waits_on_disk
@@ -226,7 +226,8 @@ class _Block:
             first = batches[0]
             self.kept = equalize(self._module, first.quantized, first.calls[self._index], names, self._team)
         entries = [group.entries for group in self._groups]
-        with paused_forwards(self._module, entries, self._threads, self._outlets) as begin:
+        together = weights_together(self._groups)
+        with together, paused_forwards(self._module, entries, self._threads, self._outlets) as begin:
             quantized, original = [], []
             known: list[tuple[dict[str, Known], dict[str, Known]]] = [({}, {}) for _ in batches]
             kept = 0
