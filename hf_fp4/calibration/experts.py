@@ -88,23 +88,21 @@ class _Rows:
     def __init__(self, seen: list[_Seen]):
         self.offsets = torch.stack([batch.routed.offsets for batch in seen])
         self._offsets: list[list[int]] = self.offsets.tolist()
-        tokens, original = [batch.quantized for batch in seen], [batch.original for batch in seen]
-        rows = [batch.routed.rows for batch in seen]
+        self._tokens = [batch.quantized for batch in seen]
+        self._original = [batch.original for batch in seen if batch.original is not None]
+        rows = [batch.routed.rows for batch in seen if batch.routed.rows is not None]
         seen.clear()
         self._index: list[torch.Tensor] | None = None
-        if rows[0] is not None:  # then one tensor of all tokens takes fewer gathers
-            starts = accumulate((len(x) for x in tokens), initial=0)
+        if rows:  # then one tensor of all tokens takes fewer gathers
+            starts = accumulate((len(x) for x in self._tokens), initial=0)
             self._index = [own + start for own, start in zip(rows, starts, strict=False)]
-            tokens = [torch.cat(tokens)]
-            original = [None if original[0] is None else torch.cat(original)]
-        self._tokens, self._original = tokens, original
+            self._tokens = [torch.cat(self._tokens)]
+            self._original = [torch.cat(self._original)] if self._original else []
 
     def new_moments(self, kernel: Callable[..., bool] | None) -> SecondMoments:
         """Of none yet."""
         first = self._tokens[0]
-        return SecondMoments(
-            first.shape[-1], first.device, cross=self._original[0] is not None, kernel=kernel
-        )
+        return SecondMoments(first.shape[-1], first.device, cross=bool(self._original), kernel=kernel)
 
     def add_expert(self, moments: SecondMoments, expert: int) -> None:
         """Add those of one expert."""
@@ -116,21 +114,19 @@ class _Rows:
             self._add(moments, [(i, own[0], own[-1])])
 
     def _add(self, moments: SecondMoments, where: list[tuple[int, int, int]]) -> None:
-        """Add rows from one to another of some batches."""
-        where = [(i, start, stop) for i, start, stop in where if start < stop]
-        if not where:
+        """Add rows of some batches, from one to another."""
+        if not any(start < stop for _, start, stop in where):
             return
+        index = None
         if self._index is not None:
             index = torch.cat([self._index[i][start:stop] for i, start, stop in where])
 
-        def of(values: list[Any]) -> torch.Tensor | None:
-            if values[0] is None:
-                return None
-            if self._index is not None:
+        def of(values: list[torch.Tensor]) -> torch.Tensor:
+            if index is not None:
                 return values[0][index]
             return torch.cat([values[i][start:stop] for i, start, stop in where])
 
-        moments.add(of(self._tokens), of(self._original))
+        moments.add(of(self._tokens), of(self._original) if self._original else None)
 
 
 class ExpertsGroup(Group):
