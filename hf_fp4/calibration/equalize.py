@@ -78,7 +78,8 @@ class _Recorder:
                 norm.readers.append(module)
         rows = args[0].flatten(0, -2)
         squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
-        self.squares[module] = self.squares.get(module, 0) + squares
+        before = self.squares.get(module)
+        self.squares[module] = squares if before is None else before + squares
 
 
 _Change = tuple[Tensor, Tensor]
@@ -108,9 +109,9 @@ def equalize(
         before = run_block(block, hidden, call)
     for module in block.modules():  # in everybody's order
         if isinstance(module, nn.Linear):
-            squares = torch.zeros(module.in_features, device=hidden.device)
-            if team.rank == 0 and module in recorder.squares:
-                squares += recorder.squares[module]
+            squares = recorder.squares.get(module) if team.rank == 0 else None
+            if squares is None:
+                squares = torch.zeros(module.in_features, device=hidden.device)
             recorder.squares[module] = team.sum_(squares)
     added = (before - hidden).float().norm()
 
@@ -171,8 +172,6 @@ def _scale_rows(first: nn.Linear, second: nn.Linear, squares: Tensor, width: int
     shape = first.out_features // width, second.in_features // first.out_features, width
     weight = second.weight.float().square().sum(0)
     factors = _factors(squares.view(shape).sum(1), weight.view(shape).sum(1))
-    if (factors == 1).all():
-        return []
     changes = [_multiply(parameter, factors.flatten()) for parameter in first.parameters()]
     every = factors[:, None].expand(shape).flatten()
     return [*changes, _multiply(second.weight, every.reciprocal(), dim=-1)]
@@ -223,13 +222,11 @@ def _gives(norm: _Norm, factors: Tensor, team: Team) -> bool:
 
 
 def _factors(squares: Tensor, weight: Tensor) -> Tensor:
-    """Powers of two next to ``sqrt(w / s)``, with a median of about 1, from squared w and s."""
+    """Powers of two next to ``sqrt(w / s)``, with a median of about 1, from squared w and s; 1 where that is not known."""
     exponents = 0.25 * (weight.log2() - squares.log2())
-    known = exponents.isfinite()
-    if not known.any():
-        return torch.ones_like(exponents)
-    exponents = (exponents - exponents[known].median()).round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
-    return torch.exp2(torch.where(known, exponents, 0.0))
+    exponents = torch.where(exponents.isfinite(), exponents, torch.nan)
+    exponents = (exponents - exponents.nanmedian()).round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    return torch.exp2(exponents.nan_to_num(nan=0.0))
 
 
 def _multiply(parameter: Tensor, factors: Tensor, dim: int = 0) -> _Change:
