@@ -506,10 +506,11 @@ class FP4Experts(HasStoredLayout, nn.Module):
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear = nn.Linear.__new__(nn.Linear)  # without a weight of its own, which takes long to draw
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias)
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias))
     return linear
 
 
