@@ -46,6 +46,9 @@ ROTATION_EXPERTS = 4
 STACKED_VALUES = 1 << 26
 """Values of second moments that are collected and factored at once: as many experts as that allows, at least one."""
 
+GATHERED_ROWS = 1 << 16
+"""Rows of an expert that are copied to one place at once, though at least those of a batch."""
+
 UNPACKED_VALUES = 1 << 26
 """Values of weights that are unpacked at once."""
 
@@ -109,13 +112,18 @@ class _Rows:
         self._add(moments, [(i, own[expert], own[expert + 1]) for i, own in enumerate(self._offsets)])
 
     def add_all(self, moments: SecondMoments) -> None:
-        """Add those of all experts, batch by batch."""
-        for i, own in enumerate(self._offsets):
-            self._add(moments, [(i, own[0], own[-1])])
+        """Add those of all experts."""
+        self._add(moments, [(i, own[0], own[-1]) for i, own in enumerate(self._offsets)])
 
     def _add(self, moments: SecondMoments, where: list[tuple[int, int, int]]) -> None:
         """Add rows of some batches, from one to another."""
-        if not any(start < stop for _, start, stop in where):
+        count = sum(stop - start for _, start, stop in where)
+        if count > GATHERED_ROWS and len(where) > 1:
+            half = len(where) // 2
+            self._add(moments, where[:half])
+            self._add(moments, where[half:])
+            return
+        if not count:
             return
         index = None
         if self._index is not None:
