@@ -47,14 +47,6 @@ class FP4Weight:
             values.copy_(blocks.mul_(step(scale, self.format, divisor)[..., None]).flatten(-2))
         return result
 
-    def unstack(self) -> list[FP4Weight]:
-        """The weights of a stack."""
-        divisors = [None] * len(self.packed) if self.global_scale is None else self.global_scale.split(1)
-        return [
-            FP4Weight(packed, scale, divisor, self.format)
-            for packed, scale, divisor in zip(self.packed, self.scale, divisors, strict=True)
-        ]
-
     def split(self, rows: list[int]) -> list[FP4Weight]:
         """Cut stacked output rows back into the weights they were stacked from."""
         parts = zip(self.packed.split(rows), self.scale.split(rows), strict=True)
@@ -294,17 +286,19 @@ def _rows(order: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
 
 
 def activation_order(second: torch.Tensor) -> torch.Tensor:
-    """Columns by descending second moment of their input, int64 [K]; equal ones keep their order."""
-    return second.diagonal().argsort(descending=True, stable=True)
+    """Columns by descending second moment of their input, int64 [K], or [E, K] of a stack; equal ones keep their order."""
+    return second.diagonal(dim1=-2, dim2=-1).argsort(stable=True, descending=True)
 
 
 def output_power(weight: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """``tr(W S W^T)``, the mean squared output of ``W`` [N, K] on inputs whose second moments are ``S`` [K, K]; float32 [].
+    Of a stack, [E, N, K] and [E, K, K], that of each: [E].
 
     On a GPU the product is one of bfloat16 operands: it is for reports, and its rounding errors average out.
     """
     if weight.is_cuda:
-        product = torch.mm(weight.bfloat16(), second.bfloat16(), out_dtype=torch.float32)
+        multiply = torch.mm if weight.dim() == 2 else torch.bmm
+        product = multiply(weight.bfloat16(), second.bfloat16(), out_dtype=torch.float32)
     else:
         product = weight @ second
-    return product.mul_(weight).sum()
+    return product.mul_(weight).sum((-2, -1))

@@ -164,10 +164,10 @@ def blended(
     return share, second, cross
 
 
-def damping(second: torch.Tensor, damp_percent: float) -> float:
-    """``damp_percent`` of the mean diagonal; 1 for moments that are zero everywhere."""
-    mean = second.diagonal().mean().item()
-    return damp_percent * mean if mean > 0 else 1.0
+def damping(second: torch.Tensor, damp_percent: float) -> torch.Tensor:
+    """``damp_percent`` of the mean diagonal; 1 for moments that are zero everywhere. Of a stack, that of each."""
+    mean = second.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return torch.where(mean > 0, damp_percent * mean, 1.0)
 
 
 def damped_cholesky(second: torch.Tensor, damp_percent: float, name: str) -> tuple[torch.Tensor, float]:
@@ -188,7 +188,7 @@ def _damped_cholesky(
     second: torch.Tensor, copy: Callable[[], torch.Tensor], damp_percent: float, name: str
 ) -> tuple[torch.Tensor, float]:
     """`damped_cholesky` of ``copy()``, in its memory; ``second`` with its columns in any order."""
-    added = damping(second, damp_percent)
+    added = damping(second, damp_percent).item()
     for _ in range(MAX_DAMPING_ATTEMPTS):
         damped = copy().mT  # symmetric, and in the layout that is factored in place
         damped.diagonal().add_(added)
@@ -271,15 +271,19 @@ class OrderedFactor:
 
         Those that need more damping get it one by one.
         """
-        orders: Sequence[torch.Tensor | None] = [None] * len(second) if order is None else list(order)
-        reverse = torch.stack([_reverse(*pair) for pair in zip(orders, second, strict=True)])
-        added = torch.tensor([damping(each, damp_percent) for each in second], device=second.device)
-        damped = torch.stack([_permuted(*pair) for pair in zip(second, reverse, strict=True)])
+        reverse = _reverse(order, second).expand(second.shape[:-1])
+        added = damping(second, damp_percent)
+        damped = second[
+            torch.arange(len(second), device=second.device)[:, None, None],
+            reverse[:, :, None],
+            reverse[:, None],
+        ]
         damped.diagonal(dim1=1, dim2=2).add_(added[:, None])
         lower, failed = torch.linalg.cholesky_ex(damped)
         fine = (failed == 0) & lower.diagonal(dim1=1, dim2=2).isfinite().all(1)
         for i in (~fine).nonzero().flatten().tolist():
-            single = cls.of(second[i], orders[i], damp_percent, names[i])
+            own = None if order is None else order[i]
+            single = cls.of(second[i], own, damp_percent, names[i])
             lower[i], added[i] = single._lower, single.added
         return cls(lower, added, reverse)
 
@@ -323,7 +327,8 @@ class OrderedFactor:
 
 
 def _reverse(order: torch.Tensor | None, second: torch.Tensor) -> torch.Tensor:
-    return torch.arange(len(second), device=second.device).flip(0) if order is None else order.flip(0)
+    order = torch.arange(second.shape[-1], device=second.device) if order is None else order
+    return order.flip(-1)
 
 
 def _permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,7 @@ from hf_fp4.layers.experts import (
     conversions_of_linears,
     experts_in,
     gather_rows,
+    grouped_product,
     layout_of_experts,
     take_apart,
 )
@@ -197,6 +198,17 @@ def test_rows_of_no_expert_are_zero_and_get_no_gradient():
 def test_no_tokens_at_all():
     routed = Routed(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
     assert gather_rows(routed, lambda *where: pytest.fail("no expert has rows"), 6).shape == (0, 6)
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([4, 0, 9, 9, 1, 10, 3, 2, 5, 7, 6])])
+def test_grouped_product_is_that_of_each_expert(rows):
+    """Of tokens as they come or by their numbers; an expert has no rows, and some rows no expert."""
+    weights, tokens = torch.randn(4, 16, 32), torch.randn(11, 32)
+    routed = Routed(tokens, rows, torch.tensor([0, 3, 3, 7, 9]))
+    expected = gather_rows(routed, lambda e, *where: routed.of_rows(tokens, *where) @ weights[e].T, 16)
+    found = grouped_product(routed, tokens.bfloat16(), weights.bfloat16())
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.02)
+    assert found[9:].eq(0).all()
 
 
 def test_renamings_of_a_checkpoint():
@@ -422,6 +434,23 @@ def test_a_stack_of_factors_is_each_by_itself(ordered):
     second[2, 3, 3] = torch.nan
     with pytest.raises(RuntimeError, match="second moments of c are not positive definite"):
         OrderedFactor.stack(second, order, 0.01, names)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_one_product_of_all_experts(family, zoo, monkeypatch):
+    """Calibration computes the same with it, and leaves no view of the tensor that holds all weights."""
+    expected = quantize(zoo(family))
+    called = []
+    for module in ("layers.experts", "calibration.experts"):
+        monkeypatch.setattr(f"hf_fp4.{module}.multiplies_groups", lambda x, weights: x.dtype == weights.dtype)
+        monkeypatch.setattr(
+            f"hf_fp4.{module}.grouped_product", lambda *args: called.append(0) or grouped_product(*args)
+        )
+    model = quantize(zoo(family))
+    assert bool(called) == (family != "gpt_oss")  # biases are added expert by expert
+    assert kl(expected, model) < 1e-4
+    for experts in experts_in(model).values():
+        assert experts.gate_up.together is experts.down.together is None
 
 
 def starve(directory: Path, target: Path) -> None:

@@ -44,7 +44,7 @@ from .capture import (
 from .checkpoint import WorkDir, recipe, weights_fingerprint
 from .data import CalibrationData
 from .equalize import equalize, set_parameters
-from .experts import group_of
+from .experts import group_of, weights_together
 from .forwards import Known, paused_forwards
 from .group import new_layer
 from .offload import bring_to_memory, named_parameters, return_freed_memory, waits_on_disk
@@ -236,7 +236,8 @@ class _Block:
             names = [group.names for group in self._groups]
             self.kept = equalize(self._module, batches[0].quantized, shared, names, self._team)
         entries = [group.entries for group in self._groups]
-        with paused_forwards(self._module, entries, self._threads, self._outlets) as begin:
+        together = weights_together(self._groups)
+        with together, paused_forwards(self._module, entries, self._threads, self._outlets) as begin:
             quantized, original = [], []
             known: list[tuple[dict[str, Known], dict[str, Known]]] = [({}, {}) for _ in batches]
             kept = 0
@@ -468,18 +469,27 @@ def _plan_groups(
 def _check_weights(model: PreTrainedModel, selected: list[str], *, fingerprint: bool) -> str:
     """Refuse weights of ``selected`` linears that are not finite; `weights_fingerprint` of all, if it is wanted."""
     wanted = set(selected)
+    extremes: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
 
     def checked() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in named_parameters(model):
+            if name.rpartition(".")[0] in wanted and parameter.numel():
+                found = extremes.setdefault((parameter.device, parameter.dtype), [])
+                found += torch.aminmax(parameter.detach())
+            yield name, parameter
+
+    result = ""
+    if fingerprint:
+        result = weights_fingerprint(checked())
+    else:
+        deque(checked(), maxlen=0)
+    # One question for all of them: each waits for a GPU.
+    if not all(torch.stack(found).isfinite().all() for found in extremes.values()):
         for name, parameter in named_parameters(model):
             owner, _, key = name.rpartition(".")
             if owner in wanted:
                 require_finite(parameter, f"the {key} of {owner}")
-            yield name, parameter
-
-    if fingerprint:
-        return weights_fingerprint(checked())
-    deque(checked(), maxlen=0)
-    return ""
+    return result
 
 
 def _open_work_dir(fingerprint: str, config: MRGPTQConfig, data: CalibrationData) -> WorkDir | None:

@@ -78,17 +78,19 @@ class _Recorder:
                 norm.readers.append(module)
         rows = args[0].flatten(0, -2)
         squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
-        self.squares[module] = self.squares.get(module, 0) + squares
+        before = self.squares.get(module)
+        self.squares[module] = squares if before is None else before + squares
 
     def add_up(self, team: Team, *, counts: bool) -> None:
         """Make everybody's squares the sums over those that count, for all linears of the block."""
         linears = [module for module in self._block.modules() if isinstance(module, nn.Linear)]
-        sizes = [linear.in_features for linear in linears]
-        every = torch.zeros(sum(sizes), device=block_device(self._block))
-        for linear, squares in zip(linears, every.split(sizes), strict=True):
-            if counts and linear in self.squares:
-                squares.copy_(self.squares[linear])
-        self.squares = dict(zip(linears, team.sum_(every).split(sizes), strict=True))
+        sizes, device = [linear.in_features for linear in linears], block_device(self._block)
+        mine = self.squares if counts else {}
+        every = [
+            mine[linear] if linear in mine else torch.zeros(size, device=device)
+            for linear, size in zip(linears, sizes, strict=True)
+        ]
+        self.squares = dict(zip(linears, team.sum_(torch.cat(every)).split(sizes), strict=True))
 
 
 _Change = tuple[Tensor, Tensor]
@@ -180,8 +182,6 @@ def _scale_rows(first: nn.Linear, second: nn.Linear, squares: Tensor, width: int
     shape = first.out_features // width, second.in_features // first.out_features, width
     weight = second.weight.float().square().sum(0)
     factors = _factors(squares.view(shape).sum(1), weight.view(shape).sum(1))
-    if (factors == 1).all():
-        return []
     changes = [_multiply(parameter, factors.flatten()) for parameter in first.parameters()]
     every = factors[:, None].expand(shape).flatten()
     return [*changes, _multiply(second.weight, every.reciprocal(), dim=-1)]
@@ -232,13 +232,11 @@ def _gives(norm: _Norm, factors: Tensor, team: Team) -> bool:
 
 
 def _factors(squares: Tensor, weight: Tensor) -> Tensor:
-    """Powers of two next to ``sqrt(w / s)``, with a median of about 1, from squared w and s."""
+    """Powers of two next to ``sqrt(w / s)``, with a median of about 1, from squared w and s; 1 where that is not known."""
     exponents = 0.25 * (weight.log2() - squares.log2())
-    known = exponents.isfinite()
-    if not known.any():
-        return torch.ones_like(exponents)
-    exponents = (exponents - exponents[known].median()).round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
-    return torch.exp2(torch.where(known, exponents, 0.0))
+    exponents = torch.where(exponents.isfinite(), exponents, torch.nan)
+    exponents = (exponents - exponents.nanmedian()).round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    return torch.exp2(exponents.nan_to_num(nan=0.0))
 
 
 def _multiply(parameter: Tensor, factors: Tensor, dim: int = 0) -> _Change:

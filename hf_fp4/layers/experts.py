@@ -158,6 +158,8 @@ class Projection(nn.Module):
         super().__init__()
         self._experts = (experts,)  # in a tuple, or it would be a child of this module
         self.linears = experts.layout.projections[name][1]
+        self.together: torch.Tensor | None = None
+        """The weights of its `nn.Linear`s [E, out, in] while they are views of that, see `put_together`."""
         self._stacked: _Stacked | None = None
 
     def forward(self, routed: Routed) -> torch.Tensor:
@@ -175,6 +177,8 @@ class Projection(nn.Module):
         experts, x = self._experts[0], routed.tokens
         if self._stacked is not None and self._stacked.takes(x):
             return self._stacked.run(routed)
+        if self.together is not None and multiplies_groups(x, self.together):
+            return grouped_product(routed, x, self.together)
 
         def run(expert: int, start: int, stop: int) -> torch.Tensor:
             x = routed.of_rows(routed.tokens, start, stop)
@@ -185,6 +189,23 @@ class Projection(nn.Module):
     @property
     def _out_features(self) -> int:
         return sum(linear.out_features for linear in self._experts[0].linears(0, self.linears))
+
+    def put_together(self) -> None:
+        """Make views of one tensor of the weights of its `nn.Linear`s, if one product of all experts is faster with that."""
+        experts = self._experts[0]
+        found = [experts.linears(number, self.linears) for number in range(experts.num_experts)]
+        every = [linear for linears in found for linear in linears]
+        if any(type(linear) is not nn.Linear or linear.bias is not None for linear in every):
+            return
+        first = every[0].weight
+        together = first.new_empty(len(found), self._out_features, first.shape[1], requires_grad=False)
+        if not multiplies_groups(first, together):
+            return
+        parts = experts.layout.parts(together, len(self.linears))
+        for of_linear, part in zip(zip(*found, strict=True), parts, strict=True):
+            for linear, view in zip(of_linear, part, strict=True):
+                linear.weight.data = view.copy_(linear.weight.detach())
+        self.together = together
 
     # --- all experts in one tensor, which kernels run at once
 
@@ -283,6 +304,22 @@ class _Stacked:
             gated=routed.gated,
             **input_arguments(layer.activation_scale_rule, layer.hadamard_size, layer.input_global_scale),
         )
+
+
+def multiplies_groups(values: torch.Tensor, weights: torch.Tensor) -> bool:
+    """Whether torch has a fast `grouped_product` of these."""
+    if not values.is_cuda or not values.dtype == weights.dtype == torch.bfloat16:
+        return False
+    aligned = weights.shape[1] % 8 == weights.shape[2] % 8 == 0
+    return aligned and torch.cuda.get_device_capability(values.device) >= (9, 0)
+
+
+def grouped_product(routed: Routed, values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`gather_rows` of ``values`` [T, K], one for every token, times each expert's weight of [E, N, K], in one product."""
+    x = values if routed.rows is None else values[routed.rows]
+    y = nn.functional.grouped_mm(x, weights.mT, offs=routed.offsets[1:].int())
+    absent = torch.arange(len(y), device=y.device) >= routed.offsets[-1]
+    return y.masked_fill_(absent[:, None], 0)
 
 
 def gather_rows(
@@ -469,10 +506,11 @@ class FP4Experts(HasStoredLayout, nn.Module):
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear = nn.Linear.__new__(nn.Linear)  # without a weight of its own, which takes long to draw
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias)
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias))
     return linear
 
 

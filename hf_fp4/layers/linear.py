@@ -146,6 +146,9 @@ class FP4Linear(HasStoredLayout, nn.Linear):
         The choice is made again whenever the layer moves. Returns what was found; `self.kernels` is what runs, which is the
         reference as well if the kernels cannot take the layer (out_features that are no multiple of 16).
         """
+        if source is None and self.kernels.module is None:  # as it is
+            self._source = None
+            return REFERENCE
         self.weight, self.weight_scale = self.stored()
         self.row_scale, self.kernels, self._source = None, REFERENCE, source
         if source is None or self.weight.is_meta:
