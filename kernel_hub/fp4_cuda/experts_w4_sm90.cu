@@ -5,7 +5,8 @@
 // fit on the GPU stay for all items: which experts have rows is known there only, and so the ring is being filled for the
 // next item while the last one is multiplied and written. Producers find the item's expert in the routing, stream that one's
 // weights with bulk copies, and gather the tokens of the rows with copies of their own, 16 bytes a lane: one warp, or with 96
-// tokens, for which it would be too slow, one for weights and three for tokens. Consumers are told what an item is through the ring.
+// tokens, for which it would be too slow, one for weights and three for tokens. Consumers are told what an item is through the
+// ring.
 //
 // Few rows per expert: bytes and latency are everything, so items are small and four blocks share a multiprocessor. Many: the
 // tokens are most of what crosses from L2, so 256 output features share them.
