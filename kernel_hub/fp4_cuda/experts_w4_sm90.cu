@@ -366,13 +366,7 @@ void dispatch(const ExpertsProblem& p, cudaStream_t stream) {
 
 void run_experts(const ExpertsProblem& p, cudaStream_t stream) {
   if (p.rows == 0) return;
-  const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
-  if (p.operand == static_cast<int>(Operand::kBf16)) {
-    return nvfp4 ? dispatch<Operand::kBf16, Format::kNvfp4>(p, stream)
-                 : dispatch<Operand::kBf16, Format::kMxfp4>(p, stream);
-  }
-  return nvfp4 ? dispatch<Operand::kFp16, Format::kNvfp4>(p, stream)
-               : dispatch<Operand::kFp16, Format::kMxfp4>(p, stream);
+  with_types(p.operand, p.format, [&](auto operand, auto format) { dispatch<operand.value, format.value>(p, stream); });
 }
 
 }  // namespace fp4

@@ -9,6 +9,8 @@
 #include <cuda_fp8.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 namespace fp4 {
 
 enum class Format : int { kNvfp4 = 0, kMxfp4 = 1 };
@@ -122,6 +124,17 @@ template <>
 __device__ __forceinline__ uint32_t pack_pair<__half>(float a, float b) {
   __half2 v = __floats2half2_rn(a, b);
   return *reinterpret_cast<uint32_t*>(&v);
+}
+
+// f(operand, format) with std::integral_constants for a 16-bit operand type and a format that are known at run time.
+template <class F>
+void with_types(int operand, int format, const F& f) {
+  auto with_operand = [&](auto type) {
+    if (format == static_cast<int>(Format::kNvfp4)) return f(type, std::integral_constant<Format, Format::kNvfp4>());
+    f(type, std::integral_constant<Format, Format::kMxfp4>());
+  };
+  if (operand == static_cast<int>(Operand::kBf16)) return with_operand(std::integral_constant<Operand, Operand::kBf16>());
+  with_operand(std::integral_constant<Operand, Operand::kFp16>());
 }
 
 // ---- Rounding -------------------------------------------------------------------------------------------------------

@@ -427,13 +427,8 @@ void dispatch_tokens(const GemmProblem& p, cudaStream_t stream) {
 void run_gemm_sm90(const GemmProblem& p, cudaStream_t stream) {
   if (p.m == 0) return;
   if (p.operand == static_cast<int>(Operand::kE4m3)) return dispatch_tokens<Operand::kE4m3, Format::kMxfp4>(p, stream);
-  const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
-  if (p.operand == static_cast<int>(Operand::kBf16)) {
-    return nvfp4 ? dispatch_tokens<Operand::kBf16, Format::kNvfp4>(p, stream)
-                 : dispatch_tokens<Operand::kBf16, Format::kMxfp4>(p, stream);
-  }
-  return nvfp4 ? dispatch_tokens<Operand::kFp16, Format::kNvfp4>(p, stream)
-               : dispatch_tokens<Operand::kFp16, Format::kMxfp4>(p, stream);
+  with_types(p.operand, p.format,
+             [&](auto operand, auto format) { dispatch_tokens<operand.value, format.value>(p, stream); });
 }
 
 }  // namespace fp4

@@ -311,28 +311,21 @@ void dispatch_16(const GemmProblem& p, cudaStream_t stream) {
   run_gemm_sm90(whole, stream);
 }
 
-template <Operand kOperand, Format kFormat>
-void dispatch(const GemmProblem& p, const FusedTokens* fused, cudaStream_t stream) {
-  if (fused != nullptr) return dispatch_8<kOperand, kFormat, Tokens::kFused>(p, *fused, stream);
-  if (p.token_tile == 8) return dispatch_8<kOperand, kFormat, Tokens::kPrepared>(p, {}, stream);
-  dispatch_16<kOperand, kFormat>(p, stream);
-}
-
-void run(const GemmProblem& p, const FusedTokens* fused, cudaStream_t stream) {
-  if (p.m == 0) return;
-  const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
-  if (p.operand == static_cast<int>(Operand::kBf16)) {
-    return nvfp4 ? dispatch<Operand::kBf16, Format::kNvfp4>(p, fused, stream)
-                 : dispatch<Operand::kBf16, Format::kMxfp4>(p, fused, stream);
-  }
-  return nvfp4 ? dispatch<Operand::kFp16, Format::kNvfp4>(p, fused, stream)
-               : dispatch<Operand::kFp16, Format::kMxfp4>(p, fused, stream);
-}
-
 }  // namespace
 
-void run_gemv(const GemmProblem& p, cudaStream_t stream) { run(p, nullptr, stream); }
+void run_gemv(const GemmProblem& p, cudaStream_t stream) {
+  if (p.m == 0) return;
+  with_types(p.operand, p.format, [&](auto operand, auto format) {
+    if (p.token_tile == 8) dispatch_8<operand.value, format.value, Tokens::kPrepared>(p, {}, stream);
+    else dispatch_16<operand.value, format.value>(p, stream);
+  });
+}
 
-void run_gemv_fused(const GemmProblem& p, const FusedTokens& tokens, cudaStream_t stream) { run(p, &tokens, stream); }
+void run_gemv_fused(const GemmProblem& p, const FusedTokens& tokens, cudaStream_t stream) {
+  if (p.m == 0) return;
+  with_types(p.operand, p.format, [&](auto operand, auto format) {
+    dispatch_8<operand.value, format.value, Tokens::kFused>(p, tokens, stream);
+  });
+}
 
 }  // namespace fp4

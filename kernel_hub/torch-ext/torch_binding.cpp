@@ -176,7 +176,7 @@ fp4::GemmProblem gemm_problem(const Linears& linears, const Tensor& like, int64_
   p.operand = kernel_operand(operand);
   for (size_t i = 0; i < packed.size(); ++i) {
     STD_TORCH_CHECK(packed[i].dim() == 3, "weights of experts are for grouped_linear");
-    STD_TORCH_CHECK(packed[i].size(-1) == packed[0].size(-1) && packed[i].size(-2) == packed[0].size(-2) &&
+    STD_TORCH_CHECK(format_of(packed[i]) == p.format && packed[i].size(-2) == p.k_tiles &&
                         packed[i].get_device_index() == packed[0].get_device_index(),
                     "linears with the same input must have weights of one format, in_features and device");
     fp4::GemmPart part = gemm_part(packed[i], linears.row_scale[i], linears.bias[i], out_is_bf16);
