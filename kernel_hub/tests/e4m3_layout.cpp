@@ -48,6 +48,7 @@ static float value_of(int code) { return code & 8 ? -kValuesOfCodes[code & 7] : 
 
 template <int kTokens>
 static int wrong_results(std::mt19937& random, int m, int k_tiles) {
+  constexpr int kValues = kTokens < 128 ? 8 : 16;  // of a thread that quantizes
   const int k = k_tiles * kTileK, token_tiles = (m + kTokens - 1) / kTokens;
   std::vector<float> weight(64 * k), token(m * k);
   std::vector<uint8_t> prepared(k_tiles * kTileBytesMxfp4), tiled(token_tiles * kTokens * k, 0x7F);  // NaN
@@ -69,7 +70,7 @@ static int wrong_results(std::mt19937& random, int m, int k_tiles) {
       }
   for (int t = 0; t < m; ++t)
     for (int k0 = 0; k0 < k; k0 += kValues) {
-      Chunk q;
+      Chunk<kValues> q;
       const float s = exp2f(static_cast<int>(random() % 13) - 6);
       for (int i = 0; i < kValues; ++i) {
         q.v[i] = value_of(random() % 16);
