@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from ..config import MRGPTQConfig
-from ..formats import dequantize_blocks
 from ..gptq import FP4Weight, descend, output_power, round_weight, solve
 from ..hessian import OrderedFactor, SecondMoments, blended
 from ..layers.experts import (
@@ -332,7 +331,7 @@ class ExpertsGroup(Group):
         self.solved[name] = layer
 
     def _unpack(self) -> torch.Tensor:
-        """What `Group._install` makes of every solved layer, [E, out, in]: others' rows are not set."""
+        """`Group._unpack_weight` of every solved layer, [E, out, in]: others' rows are not set."""
         first = self._linears[self.names[0]]
         device, features = self.solved[self.names[0]].weight.device, first.in_features
         rows = len(self._leaves) * first.out_features
@@ -349,16 +348,15 @@ class ExpertsGroup(Group):
         return unpacked
 
     def _unpack_some(self, views: Sequence[tuple[str, torch.Tensor]]) -> None:
-        layers = [self.solved[name] for name, _ in views]
+        layers, rows = [self.solved[name] for name, _ in views], len(views[0][1])
         packed, scale = (
             torch.cat(parts) for parts in zip(*(layer.stored() for layer in layers), strict=True)
         )
-        values = dequantize_blocks(packed, scale, self._format, self._dtype).view(
-            len(layers), *views[0][1].shape
+        divisors = (
+            torch.cat([layer.global_scales[key] for layer in layers]).repeat_interleave(rows)[:, None]
+            for key in layers[0].global_scales
         )
-        for key in layers[0].global_scales:
-            divisors = torch.cat([layer.global_scales[key] for layer in layers])
-            values /= divisors.to(values.dtype).view(-1, 1, 1)
+        values = self._unpack_weight(packed, scale, divisors).split(rows)
         torch._foreach_copy_([view for _, view in views], list(values))
 
     def _forward_routed(self, routed: Routed) -> torch.Tensor:

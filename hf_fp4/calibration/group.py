@@ -366,13 +366,17 @@ class Group:
         self._input_scale = layers[self.names[0]].input_global_scale
 
     def _install(self, name: str, layer: FP4Linear) -> None:
-        weight = dequantize_blocks(*layer.stored(), self._format, self._dtype)
-        for (
-            divisor
-        ) in layer.global_scales.values():  # powers of two, so the products are the layer's own bits
-            weight /= divisor.to(weight.dtype)
-        self._dequantized[name] = weight
+        self._dequantized[name] = self._unpack_weight(*layer.stored(), layer.global_scales.values())
         self.solved[name] = layer
+
+    def _unpack_weight(
+        self, packed: torch.Tensor, scale: torch.Tensor, divisors: Iterable[torch.Tensor]
+    ) -> torch.Tensor:
+        """What quantized inputs are multiplied with, [N, K]; ``divisors``: global scales, [1] or of each row [N, 1]."""
+        weight = dequantize_blocks(packed, scale, self._format, self._dtype)
+        for divisor in divisors:  # powers of two, so the products are the layer's own bits
+            weight /= divisor.to(weight.dtype)
+        return weight
 
     def original(self) -> dict[str, Callable[[Any], torch.Tensor]]:
         """Per linear a function that computes what it does in less time; none where its own forward is as fast."""

@@ -70,6 +70,7 @@ __device__ __forceinline__ float sum_of_block(float v) {
   for (int h = 1; h < kLanes; h *= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, h);
   return v;
 }
+
 template <int kValues>
 __device__ __forceinline__ float amax_of(const Chunk<kValues>& c) {
   float m = 0.0f;

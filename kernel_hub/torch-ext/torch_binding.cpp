@@ -289,7 +289,7 @@ std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::option
   operand = operand_for(p.m, operand, p.x_is_bf16);
   const bool library = operand == kE4m3Rows;
   p.token_tile = static_cast<int>(token_tile(p.m));
-  p.natural = p.m <= 8;
+  p.natural = p.token_tile == 8;
   p.quantize = quantize;
   p.operand = kernel_operand(operand);
   p.rows = library;
