@@ -54,9 +54,11 @@ SHAPES = [
     Shape(64, 528, 640),
     Shape(65, 384, 1152),
     Shape(128, 2048, 1024),
+    Shape(128, 17024, 320),  # more row blocks than multiprocessors: some take two
     Shape(129, 336, 512),
     Shape(257, 576, 1536),
     Shape(515, 1040, 2176),
+    Shape(300, 17024, 320),
 ]
 
 

@@ -49,6 +49,25 @@ def test_linear(kernels, isa, shape, mode):
     check(y, x, weight, bias, mode, g)
 
 
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_every_code_times_every_scale(kernels, isa, format, tokens):
+    """Exactly, each by a token that is one in one place: bf16 holds all of them."""
+    n, k = 32, 64
+    codes = torch.arange(k, dtype=torch.uint8) % 16
+    weight = (codes[0::2] | codes[1::2] << 4).repeat(n, 1)
+    if format == "nvfp4":
+        scale = (torch.arange(n * 4) % 127).to(torch.uint8).view(n, 4).view(torch.float8_e4m3fn)
+        stored = weight, scale, torch.ones(1)
+    else:
+        below = torch.arange(n) * 3  # under the row's largest
+        stored = weight, torch.stack([torch.full((n,), 127), 127 - below], 1).to(torch.uint8), None
+    exact, prepared = ref.weight_values(*stored), kernels.prepare_weight(*stored)
+    ones = torch.eye(k, dtype=torch.bfloat16).split(tokens)
+    y = torch.cat([kernels.linear(x, *prepared, activations="bf16") for x in ones])
+    assert torch.equal(y.double(), exact.T)
+
+
 @pytest.mark.parametrize("mode", FLOAT32_MODES, ids=lambda m: m.id)
 @pytest.mark.parametrize("m", [1, 40])
 def test_float32_is_not_rounded_on_the_way(kernels, isa, mode, m):
