@@ -14,6 +14,10 @@ struct Ring {
   __device__ __forceinline__ uint32_t stage(int s) const { return base + s * T::kStageBytes; }
   __device__ __forceinline__ uint32_t full(int s) const { return barriers + s * 8; }
   __device__ __forceinline__ uint32_t empty(int s) const { return barriers + (T::kStages + s) * 8; }
+  // Called by whole warps: each of a stage's consumers has read it.
+  __device__ __forceinline__ void release(int s) const {
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty(s));
+  }
 };
 
 // A place in the ring, moved on without divisions.
@@ -36,11 +40,9 @@ __device__ __forceinline__ void not_before(uint4& v) { asm volatile("" : "+r"(v.
 // are on their way from shared memory. A warp's own instructions are what a tile takes longest for: all that is the same for
 // every tile is computed before the loop, and tiles far from the end are not checked for being the last.
 //
-// `at` is the first stage and becomes the one after the last. Stages are released if others follow that need their place: with
-// T::kEndless always, else those of this item and stages_after of later ones.
-template <class T, Operand kOperand, Format kFormat, int kTokens, class Releaser>
-__device__ __forceinline__ void consume16(const Ring<T>& ring, const Releaser& releaser, int tiles, int stages_after,
-                                          Cursor<T>& at, float (&acc)[kTokens / 2]) {
+// `at` is the first stage and becomes the one after the last.
+template <class T, Operand kOperand, Format kFormat, int kTokens>
+__device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, Cursor<T>& at, float (&acc)[kTokens / 2]) {
   constexpr int kPerStage = T::kTilesPerStage, kUnroll = kPerStage < 2 ? 2 : kPerStage, kAhead = 2;
   const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const uint32_t weights = ring.base + T::kWeightOffset + group * T::kWeightStage;
@@ -58,7 +60,7 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, const Releaser& r
     raw_scales = load_shared2(scales + offset);
     if (in_stage == kPerStage - 1) read.next();
   };
-  auto release_last = [&] { releaser.release((multiplied.stage == 0 ? T::kStages : multiplied.stage) - 1); };
+  auto release_last = [&] { ring.release((multiplied.stage == 0 ? T::kStages : multiplied.stage) - 1); };
   auto multiply = [&](int in_stage, uint32_t (&src)[4][4]) {
     const uint64_t tile = tokens + (multiplied.stage * T::kTokenStride + in_stage * T::kTokenTile) / 16;
     wgmma_fence();
@@ -70,7 +72,7 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, const Releaser& r
   auto step = [&](int i, int u, bool far_from_end) {
     multiply(u % kPerStage, a[u & 1]);
     wgmma_wait<1>();  // tile i - 1 has been multiplied: its registers and perhaps its stage are free
-    if (u % kPerStage == 0 && i > 0 && (T::kEndless || i + (T::kStages - 1 - stages_after) * kPerStage < tiles)) release_last();
+    if (u % kPerStage == 0 && i > 0) release_last();
     if (u % kPerStage == kPerStage - 1) multiplied.next();
     if (far_from_end || i + 1 < tiles) {
       not_before(raw);
@@ -97,7 +99,7 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, const Releaser& r
   wgmma_wait<0>();
   if (tiles % kPerStage != 0) multiplied.next();
   at = multiplied;
-  if (T::kEndless || stages_after >= T::kStages) release_last();
+  release_last();
 }
 
 // Four 8 x 8 matrices of 16 bit, transposed: lane 8i + j has the address where column j of matrix i becomes a row.

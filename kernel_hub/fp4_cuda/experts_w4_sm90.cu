@@ -29,7 +29,7 @@ struct ExpertsArgs {
 
 template <Format kFormat, int kTokens>
 struct Traits {
-  static constexpr bool kSwizzled = true, kEndless = true;  // of consume16
+  static constexpr bool kSwizzled = true;  // of consume16
   static constexpr int kGroups = kTokens <= 16 ? 1 : kTokens == 32 ? 2 : 4;
   static constexpr int kBlocksPerSm = 4 / kGroups;
   // Accumulators of 96 tokens need more registers than an even share: the producers are then a whole warpgroup, which hands
@@ -199,14 +199,6 @@ struct Producer {
   }
 };
 
-template <class T>
-struct Releaser {
-  const Ring<T>& ring;
-  __device__ __forceinline__ void release(int stage) const {
-    if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty(stage));
-  }
-};
-
 // What a warp's results are multiplied by and added to: of 16 output features n0.. of an expert, g and g + 8 of this lane;
 // token_scale: unless each token has one of its own.
 struct RowData {
@@ -273,7 +265,6 @@ template <class T, Operand kOperand, Format kFormat, int kTokens, typename Out>
 __device__ __forceinline__ void consume_items(const ExpertsArgs& args, const Ring<T>& ring) {
   const int warp = threadIdx.x / 32;
   const uint32_t staging = ring.base + T::kStaging + warp * T::kStagingWarp;
-  const Releaser<T> releaser{ring};
   Cursor<T> at;
   while (true) {
     barrier_wait(ring.full(at.stage), at.phase);
@@ -287,7 +278,7 @@ __device__ __forceinline__ void consume_items(const ExpertsArgs& args, const Rin
       float acc[tokens.value / 2];
 #pragma unroll
       for (int r = 0; r < tokens.value / 2; ++r) acc[r] = 0.0f;
-      consume16<T, kOperand, kFormat, tokens.value>(ring, releaser, args.p.k_tiles, 0, at, acc);
+      consume16<T, kOperand, kFormat, tokens.value>(ring, args.p.k_tiles, at, acc);
       write_item<tokens.value, Out>(args, item, rows, n0, staging, acc);
     };
     if constexpr (kTokens == 96) {  // the last tile of an expert is rarely full

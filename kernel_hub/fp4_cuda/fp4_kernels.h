@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include <functional>
+
 namespace fp4 {
 
 // Of a layer of experts: where each one's rows start, in rows sorted by expert, and which token a row is.
@@ -61,11 +63,13 @@ struct GemmProblem : GemmPart {
   int operand;
   // 0: all chosen here. Other values are for measuring and for tests.
   // Up to 16 tokens (run_gemv): the variant, 1..3. The third of more than 8 is run_gemm_sm90's, undivided.
-  // More (run_gemm_sm90; the operand was chosen when the tokens were prepared, OPERANDS in _cuda.py): the division of the
-  // work, 10 * share + split: split blocks divide K, share blocks of neighbouring rows (1, 2, 4 or 8; 0 is 1) fetch their
-  // tokens together; split * share is at most 8.
+  // More (run_gemm_sm90; the operand was chosen when the tokens were prepared, OPERANDS in _cuda.py): so many blocks of a
+  // cluster divide K, 1..8. 9, from 65 tokens on: K is streamed over all blocks.
   int split;
 };
+
+// Device memory that stays until what is launched next on the stream has ended.
+using Allocate = std::function<void*(int64_t bytes)>;
 
 // One linear of all experts of a layer.
 struct ExpertsProblem {
@@ -114,10 +118,10 @@ struct PrepareProblem {
 // Row-major E4M3 [N, K] of a prepared mxfp4 weight, and what to multiply each row by.
 void run_expand_e4m3(const PrepareProblem& p, uint8_t* out, float* out_scale, cudaStream_t stream);
 void run_activation(const ActivationProblem& p, cudaStream_t stream);
-void run_gemv(const GemmProblem& p, cudaStream_t stream);
+void run_gemv(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream);
 // The same bits as run_activation and run_gemv, for up to 8 tokens that fit in a block's shared memory.
 void run_gemv_fused(const GemmProblem& p, const FusedTokens& tokens, cudaStream_t stream);
-void run_gemm_sm90(const GemmProblem& p, cudaStream_t stream);
+void run_gemm_sm90(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream);
 void run_experts(const ExpertsProblem& p, cudaStream_t stream);
 void run_prepare(const PrepareProblem& p, cudaStream_t stream);
 void run_restore(const PrepareProblem& p, uint8_t* weight, uint8_t* scale, cudaStream_t stream);

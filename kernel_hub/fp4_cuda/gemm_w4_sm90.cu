@@ -5,7 +5,7 @@
 // tokens are B (16..256 tokens a tile) in shared memory. A producer warp streams prepared weight tiles and token tiles with
 // bulk copies into a ring of stages; two consumer warpgroups expand and multiply. With few blocks the k range is split over
 // the blocks of a cluster, which add up through distributed shared memory in a fixed order, so that the result is the same
-// every time and no workspace exists. Blocks of a cluster with neighbouring rows share the tokens they fetch.
+// every time. Or K is streamed over all blocks: see Work.
 #include "cluster_sm90.cuh"
 #include "consume16_sm90.cuh"
 #include "expand_fp4.cuh"
@@ -30,12 +30,20 @@ struct Shape {
   static constexpr bool kMoveRegisters = kTokens >= (kE4m3 ? 64 : 128);
   static constexpr int kThreads = kConsumers + (kMoveRegisters ? 128 : 32);
   static constexpr int kBlocksPerSm = kTokens <= 64 ? 2 : 1;
-  // Alone on its multiprocessor and with registers to spare, a block does several items, so that the ring is filled for the
+  // Alone on its multiprocessor and with registers to spare, a block does several segments, so that the ring is filled for the
   // next one while the results of one are written.
-  static constexpr bool kItems = kTokens >= 128;
+  static constexpr bool kManySegments = kBlocksPerSm == 1;
   static constexpr int kTilesPerStage = kE4m3 ? kPromoteTiles : kTokens <= 128 ? 2 : 1;
   static constexpr int kStages = kE4m3 ? (kTokens == 64 ? 6 : kTokens == 256 ? 5 : 8)
                                        : (kTokens <= 32 ? 6 : kTokens == 64 ? 4 : 5);
+};
+
+// Where a warpgroup's results lie between registers and memory: two buffers in turn of 64 rows of some tokens.
+template <int kTokens>
+struct Staging {
+  static constexpr int kAtOnce = kTokens <= 64 ? 16 : 32;
+  static constexpr int kStride = 64 * 2 + 16;  // of a token; 8 of them are in different banks
+  static constexpr int kBuffer = kAtOnce * kStride, kBytes = 2 * kBuffer;
 };
 
 template <Operand kOperand, Format kFormat, int kTokens>
@@ -47,78 +55,111 @@ struct Traits : Shape<kOperand, kTokens> {
   static constexpr int kTokenOffset = (kGroups * kWeightStage + 127) / 128 * 128;
   static constexpr int kStageBytes = kTokenOffset + S::kTilesPerStage * kTokenTile;
   static constexpr int kWeightOffset = 0, kWeightStride = kStageBytes, kTokenStride = kStageBytes;
-  static constexpr bool kSwizzled = false, kEndless = false;  // of consume16
-  static_assert(kWeightOffset + kWeightStride == kTokenStride && !kSwizzled && !kEndless);  // read here at least: E4M3 does not
+  static constexpr bool kSwizzled = false;  // of consume16
+  static_assert(kWeightOffset + kWeightStride == kTokenStride && !kSwizzled);  // read here at least: E4M3 does not
   static constexpr int kReduceStride = kRows + 4;  // what write_output reads
   static constexpr int kReduceBytes = kTokens * kReduceStride * 4;
   static constexpr int kRing = S::kStages * kStageBytes > kReduceBytes ? S::kStages * kStageBytes : kReduceBytes;
   static constexpr int kTableOffset = kRing + 256;  // after the barriers
   static constexpr int kStagingOffset = kTableOffset + (S::kE4m3 ? 256 * 8 : 0);
-  static constexpr int kSmem = kStagingOffset + kConsumers / 32 * 1024 + 128;  // 128: alignment
+  static constexpr int kSmem = kStagingOffset + kGroups * Staging<kTokens>::kBytes + 128;  // 128: alignment
 };
 
 struct Range {
-  int first, count;  // k tiles of this block
+  int first, count;  // k tiles
 };
 
-// What a cluster does one after the other: tiles of tokens of a group of row blocks, then of the next group, so that
-// clusters at work share weights and tokens in L2. More than one only with Shape::kItems and where K is not divided.
-struct Items {
-  int token_blocks, first, step, count;
-  __device__ __forceinline__ Items(const GemmArgs& args, int tokens)
-      : token_blocks((args.p.m + tokens - 1) / tokens),
-        first(blockIdx.z * gridDim.y + blockIdx.y),
-        step(gridDim.y * gridDim.z),
-        count(args.items == step ? 1 : (args.items - first + step - 1) / step) {}
-  __device__ __forceinline__ int token_block(int i) const {
-    return token_blocks == 1 ? 0 : (first + i * step) % token_blocks;
-  }
-  __device__ __forceinline__ int row_group(int i) const {
-    return token_blocks == 1 ? first + i * step : (first + i * step) / token_blocks;
-  }
+// A tile of tokens times a block of rows, and the part of K.
+struct Segment {
+  int item;
+  Range k;
 };
 
+// What a cluster does one after the other; its ring is filled for the next segment while the results of one are written.
+//
+// First its share of the last `args.streamed` items (stream-K): their stages lie in a row, of which each block takes an equal
+// part, so that all blocks end at the same time however many items there are. Where such a part ends inside an item, the block
+// hands its sums on to the next one. It begins at the end of its part, with what others wait for: the sums that it takes at its
+// own beginning have been there for long. Blocks wait only for those before them, which were started earlier.
+//
+// Then whole items, every step-th: all tiles of tokens of a block of rows, then of the next one, so that clusters at work share
+// weights and tokens in L2.
+//
+// Grid: x is the part of K of a block in its cluster, y the cluster.
 template <class T>
-__device__ __forceinline__ int stages_for(int tiles) {
-  return (tiles + T::kTilesPerStage - 1) / T::kTilesPerStage;
-}
+struct Work {
+  int token_blocks, k_tiles, item_stages;
+  Range whole_k;            // of whole items: all, or the part of this block of the cluster
+  int first, step, wholes;  // whole items
+  int streamed_first, begin, end, pieces;  // item, and this block's part of the stages from there on
+  __device__ __forceinline__ Work(const GemmArgs& args, int tokens)
+      : token_blocks((args.p.m + tokens - 1) / tokens),
+        k_tiles(args.p.k_tiles),
+        item_stages(stages_for(k_tiles)),
+        first(blockIdx.y),
+        step(gridDim.y),
+        streamed_first(args.items - args.streamed),
+        begin(0),
+        end(0),
+        pieces(0) {
+    whole_k.first = k_tiles * blockIdx.x / gridDim.x;
+    whole_k.count = k_tiles * (blockIdx.x + 1) / gridDim.x - whole_k.first;
+    wholes = first < streamed_first ? (streamed_first - first + step - 1) / step : 0;
+    if (!T::kManySegments || args.streamed == 0) return;
+    const uint32_t stages = args.streamed * item_stages;
+    begin = stages * first / step;
+    end = stages * (first + 1) / step;
+    pieces = (end - 1) / item_stages - begin / item_stages + 1;
+  }
+  static __device__ __forceinline__ int stages_for(int tiles) { return (tiles + T::kTilesPerStage - 1) / T::kTilesPerStage; }
+  __device__ __forceinline__ int stages() const { return end - begin + wholes * stages_for(whole_k.count); }
+  __device__ __forceinline__ int segments() const { return pieces + wholes; }
+  __device__ __forceinline__ bool hands_on() const { return end % item_stages != 0; }        // segment 0
+  __device__ __forceinline__ bool takes_over(int i) const { return i + 1 == pieces && begin % item_stages != 0; }
+  __device__ __forceinline__ Segment segment(int i) const {
+    if (i >= pieces) return {first + (i - pieces) * step, whole_k};
+    const int item = (end - 1) / item_stages - i, item_begin = item * item_stages;
+    const int from = max(begin - item_begin, 0) * T::kTilesPerStage;
+    return {streamed_first + item, {from, min((end - item_begin) * T::kTilesPerStage, k_tiles) - from}};
+  }
+  __device__ __forceinline__ int token_block(int item) const { return token_blocks == 1 ? 0 : item % token_blocks; }
+  __device__ __forceinline__ int row_block(int item) const { return token_blocks == 1 ? item : item / token_blocks; }
+};
 
 // One warp, all of whose lanes go the same way.
 template <class T>
 struct Producer {
   const GemmProblem& p;
-  const ClusterPlace& place;
   const Ring<T>& ring;
-  Range k;
-  const Items& items;
+  const Work<T>& work;
   uint64_t stream_once = policy_evict_first(), keep = policy_evict_last();
 
-  struct Feed {  // what fills a stage: tiles from `tile` on of this block's k range
+  struct Feed {  // what fills a stage: tiles from `tile` on of a segment
     Cursor<T> at;
-    int item, tile;
-    const uint8_t* weights[kGroups];  // where the k range begins
+    int segment, tile, tiles;
+    const uint8_t* weights[kGroups];  // where the segment begins
     const uint8_t* tokens;
   };
-  __device__ __forceinline__ Feed feed(Cursor<T> at, int item) const {
-    Feed f{at, item, 0};
-    int row_block = place.row_block_of(items.row_group(item));
+  __device__ __forceinline__ Feed feed(Cursor<T> at, int segment) const {
+    const Segment s = work.segment(segment);
+    Feed f{at, segment, 0, s.k.count};
+    int row_block = work.row_block(s.item);
     const GemmPart part = part_of(p, kRows, row_block);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const int64_t row_tile = min(row_block * kGroups + g, (part.n + 63) / 64 - 1);
-      f.weights[g] = part.weight + (row_tile * p.k_tiles + k.first) * T::kWeightTile;
+      f.weights[g] = part.weight + (row_tile * p.k_tiles + s.k.first) * T::kWeightTile;
     }
-    const int64_t token_tile = static_cast<int64_t>(items.token_block(item)) * p.k_tiles + k.first;
+    const int64_t token_tile = static_cast<int64_t>(work.token_block(s.item)) * p.k_tiles + s.k.first;
     f.tokens = static_cast<const uint8_t*>(p.x) + token_tile * T::kTokenTile;
     return f;
   }
   __device__ __forceinline__ void next(Feed& f) const {
     f.at.next();
     f.tile += T::kTilesPerStage;
-    if (f.tile >= k.count && f.item + 1 < items.count) f = feed(f.at, f.item + 1);
+    if (f.tile >= f.tiles && f.segment + 1 < work.segments()) f = feed(f.at, f.segment + 1);
   }
-  __device__ __forceinline__ int stages() const { return items.count * stages_for<T>(k.count); }
-  __device__ __forceinline__ int tiles_of(const Feed& f) const { return min(T::kTilesPerStage, k.count - f.tile); }
+  __device__ __forceinline__ int tiles_of(const Feed& f) const { return min(T::kTilesPerStage, f.tiles - f.tile); }
 
   __device__ __forceinline__ void copy_weights(const Feed& f) const {
     const int tiles = tiles_of(f);
@@ -127,24 +168,24 @@ struct Producer {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       bulk_copy(ring.stage(f.at.stage) + g * T::kWeightStage, f.weights[g] + f.tile * T::kWeightTile, tiles * T::kWeightTile,
-                full, items.token_blocks == 1 ? stream_once : keep);
+                full, work.token_blocks == 1 ? stream_once : keep);
     }
   }
   __device__ __forceinline__ void copy_tokens(const Feed& f) const {
-    place.copy_tokens(ring.stage(f.at.stage) + T::kTokenOffset, f.tokens + static_cast<int64_t>(f.tile) * T::kTokenTile,
-                      tiles_of(f) * T::kTokenTile, ring.full(f.at.stage), keep);
+    bulk_copy(ring.stage(f.at.stage) + T::kTokenOffset, f.tokens + static_cast<int64_t>(f.tile) * T::kTokenTile,
+              tiles_of(f) * T::kTokenTile, ring.full(f.at.stage), keep);
   }
-  // Weights never depend on the kernel before, and need no other block's barriers: fetch them while it still runs.
+  // Weights never depend on the kernel before: fetch them while it still runs.
   __device__ void begin() const {
     Feed f = feed({}, 0);
-    for (int i = 0; i < min(stages(), T::kStages); ++i, next(f)) copy_weights(f);
+    for (int i = 0; i < min(work.stages(), T::kStages); ++i, next(f)) copy_weights(f);
   }
   __device__ void run() const {
     Feed f = feed({}, 0);
-    const int early = min(stages(), T::kStages);
+    const int stages = work.stages(), early = min(stages, T::kStages);
     grid_dependency_wait();
     for (int i = 0; i < early; ++i, next(f)) copy_tokens(f);
-    for (int i = early; i < stages(); ++i, next(f)) {
+    for (int i = early; i < stages; ++i, next(f)) {
       barrier_wait(ring.empty(f.at.stage), f.at.phase ^ 1);
       copy_weights(f);
       copy_tokens(f);
@@ -164,14 +205,10 @@ __device__ __forceinline__ uint2 load_table(uint32_t table, uint32_t byte) {
 // cores multiply tile 0, and the next stage's tile 0 while they multiply tile 1. What an expansion reads is on its way before
 // the products that come first, but with 256 tokens, again for want of registers.
 //
-// Per 64 k, the tensor cores of a multiprocessor need 2 x kTokens cycles. From L2 it takes 4352 bytes of weights and
-// 64 x kTokens / share of tokens, of about 24 bytes a cycle: 256 tokens are 40 bytes a cycle alone, 25 shared by two
-// blocks, 17 by four; 128 tokens 49, 33 and 25.
-//
-// `at` is the first stage and becomes the one after the last; stages_after: how many will still be consumed then.
+// `at` is the first stage and becomes the one after the last.
 template <class T, int kTokens>
-__device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, const Releaser& releaser, int tiles, int stages_after,
-                                             uint32_t table, Cursor<T>& at, float (&acc)[kTokens / 2]) {
+__device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, int tiles, uint32_t table, Cursor<T>& at,
+                                             float (&acc)[kTokens / 2]) {
   static_assert(kPromoteTiles == 2 && T::kTilesPerStage == 2);
   constexpr int kPart = kTokens < 128 ? kTokens : 128, kParts = kTokens / kPart;
   constexpr bool kLoadAhead = kTokens < 256;
@@ -235,7 +272,7 @@ __device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, const Releaser
       if (far_from_end || i + 3 < tiles) load_ahead(1);
     }
     promote(kParts - 1);
-    if (i + 2 * (T::kStages - stages_after) < tiles) releaser.release(at.stage);
+    ring.release(at.stage);
     at.next();
   };
 
@@ -259,77 +296,150 @@ __device__ __forceinline__ void store_accumulators(uint32_t reduce, const float 
       store_shared4(reduce + ((8 * i + j % 2) * T::kReduceStride + j / 2 * 8) * 4, acc[4 * i + j]);
 }
 
-// Where K is not divided, each warp writes its 16 rows without the others. `staging`: 1 KB of its own, where 16 tokens at a
-// time are transposed, so that 32 bytes of a token are written together. The same bits as by write_output.
+// Named barriers, of all consumers and perhaps the messenger, a warp that waits for them and for other blocks; and of a group.
+enum Barrier : int { kOfConsumers = 1, kHandedOn, kTakenOver, kOfGroup };
+
+template <int kThreads>
+__device__ __forceinline__ void named_sync(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ __forceinline__ void named_arrive(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+__device__ __forceinline__ void consumer_sync() { named_sync<kConsumers>(kOfConsumers); }
+
+// A block hands its sums of an item on to the next one, which goes on with it. Consumers neither wait until their sums are
+// there for others, nor look for those of others: the messenger does.
+template <int kTokens>
+__device__ __forceinline__ float4* handed_sums(const Exchange& exchange, int block) {
+  return exchange.sums + (block * (kConsumers / 32) + threadIdx.x / 32) * (kTokens / 8 * 32) + threadIdx.x % 32;
+}
+
+template <int kTokens>
+__device__ __forceinline__ void hand_on(const Exchange& exchange, int block, const float (&acc)[kTokens / 2]) {
+  float4* sums = handed_sums<kTokens>(exchange, block);
+#pragma unroll
+  for (int i = 0; i < kTokens / 8; ++i)
+    __stcg(sums + i * 32, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+  named_arrive<kConsumers + 32>(kHandedOn);
+}
+
+template <int kTokens>
+__device__ __forceinline__ void take_over(const Exchange& exchange, int block, float (&acc)[kTokens / 2]) {
+  named_sync<kConsumers + 32>(kTakenOver);
+  const float4* sums = handed_sums<kTokens>(exchange, block);
+#pragma unroll
+  for (int i = 0; i < kTokens / 8; ++i) {
+    // So many are on their way at once: for more there are no registers.
+    if (i % 16 == 0 && i > 0) __threadfence_block();
+    const float4 v = __ldcg(sums + i * 32);
+    acc[4 * i] += v.x, acc[4 * i + 1] += v.y, acc[4 * i + 2] += v.z, acc[4 * i + 3] += v.w;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void carry_messages(const Exchange& exchange, const Work<T>& work) {
+  const bool speaks = threadIdx.x % 32 == 0;
+  auto take = [&] {
+    if (!work.takes_over(work.pieces - 1)) return;
+    uint64_t* ready = exchange.ready + work.first - 1;
+    if (speaks) {
+      while (load_acquire(ready) != exchange.ticket) __nanosleep(100);
+      *ready = 0;  // a replayed graph has the same ticket
+    }
+    __syncwarp();
+    named_arrive<kConsumers + 32>(kTakenOver);
+  };
+  if (work.pieces == 1) take();  // sums that are handed on contain what was taken
+  if (work.hands_on()) {
+    named_sync<kConsumers + 32>(kHandedOn);
+    if (speaks) store_release(exchange.ready + work.first, exchange.ticket);
+  }
+  if (work.pieces > 1) take();
+}
+
+// Where K is not divided, each warpgroup writes its 64 rows without the other: of some tokens at a time, transposed, so that 128
+// bytes of a token are written together. `turn`: the buffer that is next. The same bits as by write_output.
 template <int kTokens, typename Out>
-__device__ __forceinline__ void write_rows(const GemmArgs& args, int row_block, int token_block, uint32_t staging,
-                                           const float (&acc)[kTokens / 2]) {
+__device__ __forceinline__ void write_rows(const GemmArgs& args, const GemmPart& part, int row_block, int token_block,
+                                           uint32_t staging, int& turn, const float (&acc)[kTokens / 2]) {
+  using S = Staging<kTokens>;
   const GemmProblem& p = args.p;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int n0 = row_block * kRows + warp * 16, tokens = min(kTokens, p.m - token_block * kTokens);
-  if (n0 >= p.n) return;
-  const Out* bias = static_cast<const Out*>(p.bias);
+  const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int n0 = row_block * kRows + group * 64, row = min(n0 + slice * 16, part.n - 16) + g;
+  const int tokens = min(kTokens, p.m - token_block * kTokens);
+  const Out* bias = static_cast<const Out*>(part.bias);
   float row_scale[2], added[2];  // of rows g and g+8
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    row_scale[r] = p.row_scale[n0 + g + 8 * r] * args.factor;
-    added[r] = bias != nullptr ? static_cast<float>(bias[n0 + g + 8 * r]) : -0.0f;  // adding -0 changes nothing
+    row_scale[r] = part.row_scale[row + 8 * r] * args.factor;
+    added[r] = bias != nullptr ? static_cast<float>(bias[row + 8 * r]) : -0.0f;  // adding -0 changes nothing
   }
-  // Of the thread's tokens 8i + 2t and the next, then those 8 on. Fetched one step ahead.
-  auto token_scales = [&](int i) {
-    const int token = 8 * i + 2 * t;
-    auto scale = [&](int m) { return token_scale_of(p, token_block * kTokens + min(m, tokens - 1)); };
-    return make_float4(scale(token), scale(token + 1), scale(token + 8), scale(token + 9));
+  const float common = token_scale_of(p, 0);
+  auto token_scale = [&](int m) {
+    return p.token_scale_stride == 0 ? common : token_scale_of(p, token_block * kTokens + min(m, tokens - 1));
   };
-  float4 ahead = token_scales(0);
-  Out* out = static_cast<Out*>(p.out) + (static_cast<int64_t>(token_block) * kTokens + lane / 2) * p.n + n0 + lane % 2 * 8;
+  constexpr int kBlocks = S::kAtOnce / 8;  // of 8 tokens at once
+  float ahead[kBlocks][2];                 // fetched one step ahead: of tokens 2t and 2t+1
+  auto fetch = [&](int first) {
 #pragma unroll
-  for (int i = 0; i < kTokens / 8; i += 2) {  // tokens 8i..8i+15
-    if (8 * i >= tokens) break;
-    const float token_scale[2][2] = {{ahead.x, ahead.y}, {ahead.z, ahead.w}};
-    if (i + 2 < kTokens / 8) ahead = token_scales(i + 2);
-    uint32_t pairs[2][2];  // [8 tokens][8 rows]: tokens 2t, 2t+1 of row g
+    for (int h = 0; h < kBlocks; ++h)
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+      for (int j = 0; j < 2; ++j) ahead[h][j] = token_scale(first + 8 * h + 2 * t + j);
+  };
+  fetch(0);
+  const int piece = lane % 8, writer = slice * 4 + lane / 8;  // what this lane writes: 8 rows of every 16th token
+  Out* out = static_cast<Out*>(part.out) + static_cast<int64_t>(token_block) * kTokens * part.n + n0 + piece * 8;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float* v = acc + 4 * (i + h) + 2 * r;
-        pairs[h][r] = pack_pair<Out>(v[0] * (row_scale[r] * token_scale[h][0]) + added[r],
-                                     v[1] * (row_scale[r] * token_scale[h][1]) + added[r]);
-      }
-    const uint32_t buffer = staging + i / 2 % 2 * 512;  // two in turn: one barrier of the warp is enough
-    store_transposed(buffer + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, pairs);
-    __syncwarp();
-    const uint4 rows = load_shared16(buffer + lane * 16);  // token 8i + lane / 2, 8 rows
-    if (8 * i + lane / 2 < tokens) __stcg(reinterpret_cast<uint4*>(out + static_cast<int64_t>(8 * i) * p.n), rows);
+  for (int first = 0; first < kTokens; first += S::kAtOnce) {
+    if (first >= tokens) break;
+    const uint32_t buffer = staging + group * S::kBytes + turn * S::kBuffer;
+    turn ^= 1;
+#pragma unroll
+    for (int h = 0; h < kBlocks; h += 2) {
+      uint32_t pairs[2][2];  // [8 tokens][8 rows]: tokens 2t, 2t+1 of row g
+#pragma unroll
+      for (int b = 0; b < 2; ++b)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float* v = acc + first / 2 + 4 * (h + b) + 2 * r;
+          pairs[b][r] = pack_pair<Out>(v[0] * (row_scale[r] * ahead[h + b][0]) + added[r],
+                                       v[1] * (row_scale[r] * ahead[h + b][1]) + added[r]);
+        }
+      store_transposed(buffer + (8 * h + lane / 16 * 8 + lane % 8) * S::kStride + slice * 32 + lane / 8 % 2 * 16, pairs);
+    }
+    if (first + S::kAtOnce < kTokens) fetch(first + S::kAtOnce);
+    named_sync<128>(kOfGroup + group);  // one is enough: of what is read here, nothing is stored until the next
+#pragma unroll
+    for (int i = 0; i < S::kAtOnce; i += 16) {
+      const int token = first + i + writer;
+      const uint4 rows = load_shared16(buffer + (i + writer) * S::kStride + piece * 16);
+      if (token < tokens && n0 + piece * 8 < part.n) __stcg(reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * part.n), rows);
+    }
   }
 }
-
-__device__ __forceinline__ void consumer_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
 
 // The results of one item.
 template <class T, int kTokens, typename Out>
-__device__ __forceinline__ void write(const GemmArgs& args, const ClusterPlace& place, uint32_t base, int token_block,
-                                      const float (&acc)[kTokens / 2]) {
-  if (place.split == 1) {  // the ring stays as it is: it may be being filled for the next item
-    const uint32_t staging = base + T::kStagingOffset + threadIdx.x / 32 * 1024;
-    return write_rows<kTokens, Out>(args, place.row_block, token_block, staging, acc);
+__device__ __forceinline__ void write(const GemmArgs& args, const GemmPart& part, uint32_t base, int row_block,
+                                      int token_block, int& turn, const float (&acc)[kTokens / 2]) {
+  if (gridDim.x == 1) {  // the ring stays as it is: it may be being filled for the next item
+    return write_rows<kTokens, Out>(args, part, row_block, token_block, base + T::kStagingOffset, turn, acc);
   }
   consumer_sync();  // every stage has been read: the ring becomes the reduction buffer
   store_accumulators<T, kTokens>(base, acc);
-  add_and_write<kTokens, kRows, kConsumers, Out>(args, place, base, token_block);
+  add_and_write<kTokens, kRows, kConsumers, Out>(args, part, base, row_block, token_block);
 }
 
 template <Operand kOperand, Format kFormat, int kTokens>
-__device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlace place, const Items& items) {
+__device__ __forceinline__ void multiply_block(const GemmArgs& args) {
   using T = Traits<kOperand, kFormat, kTokens>;
   extern __shared__ uint8_t raw[];
   const GemmProblem& p = args.p;
   const uint32_t base = (smem_address(raw) + 127) & ~127u;
   const Ring<T> ring{base, base + T::kRing};
-  const int first = static_cast<int>(static_cast<int64_t>(p.k_tiles) * place.part / place.split);
-  const Range k{first, static_cast<int>(static_cast<int64_t>(p.k_tiles) * (place.part + 1) / place.split) - first};
-  const bool clustered = gridDim.x > 1;
+  const Work<T> work(args, kTokens);
   // The same in all lanes, and known to be: what only depends on it then needs no register of a lane.
   const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0);
 
@@ -337,7 +447,7 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
   if (threadIdx.x == kConsumers) {
     for (int s = 0; s < T::kStages; ++s) {
       barrier_init(ring.full(s), 1);
-      barrier_init(ring.empty(s), 4 * kGroups * place.share);
+      barrier_init(ring.empty(s), kConsumers / 32);
     }
     barrier_init_fence();
   }
@@ -346,45 +456,52 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
     if (threadIdx.x < 256) table[threadIdx.x] = e4m3_table(kTopScaleMxfp4 - static_cast<int>(threadIdx.x));
   }
   __syncthreads();
-  if (clustered) cluster_arrive_relaxed();  // the other blocks may use this one's barriers: barrier_init_fence
 
   if (warp >= kConsumers / 32) {
     if constexpr (T::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    const Producer<T> producer{p, place, ring, k, items};
-    const bool works = warp == kConsumers / 32;
-    if (works) producer.begin();
-    if (clustered) cluster_wait();
-    if (works) producer.run();
+    const Producer<T> producer{p, ring, work};
+    if (warp == kConsumers / 32) {
+      producer.begin();
+      producer.run();
+    }
+    if constexpr (T::kManySegments) {
+      if (warp == kConsumers / 32 + 1) carry_messages(args.exchange, work);
+    }
   } else {
     if constexpr (T::kMoveRegisters) {
       // With 24 of a producer thread, all registers of a block.
       asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(T::kBlocksPerSm == 1 ? 240 : 104));
     }
     {
-      int row_block = place.row_block;
+      int row_block = work.row_block(work.segment(0).item);
       const GemmPart part = part_of(p, kRows, row_block);
       prefetch_row_data<kRows>(part.row_scale, part.bias, row_block * kRows, part.n);
     }
-    if (clustered) cluster_wait();
-    const Releaser releaser(place, ring.empty(0));
     Cursor<T> at;
-    for (int i = 0; i < (T::kItems ? items.count : 1); ++i) {
-      const int token_block = items.token_block(i);
-      place.row_block = place.row_block_of(items.row_group(i));
+    int turn = 0;
+    for (int i = 0; i < (T::kManySegments ? work.segments() : 1); ++i) {
+      const Segment s = work.segment(i);
       float acc[kTokens / 2];
 #pragma unroll
       for (int r = 0; r < kTokens / 2; ++r) acc[r] = 0.0f;
-      const int stages_after = T::kItems ? (items.count - 1 - i) * stages_for<T>(k.count) : 0;
       if constexpr (T::kE4m3) {
-        consume_e4m3<T, kTokens>(ring, releaser, k.count, stages_after, base + T::kTableOffset, at, acc);
+        consume_e4m3<T, kTokens>(ring, s.k.count, base + T::kTableOffset, at, acc);
       } else {
-        consume16<T, kOperand, kFormat, kTokens>(ring, releaser, k.count, stages_after, at, acc);
+        consume16<T, kOperand, kFormat, kTokens>(ring, s.k.count, at, acc);
       }
       grid_dependency_wait();
-      GemmArgs mine = args;
-      static_cast<GemmPart&>(mine.p) = part_of(p, kRows, place.row_block);
-      if (p.out_is_bf16) write<T, kTokens, __nv_bfloat16>(mine, place, base, token_block, acc);
-      else write<T, kTokens, __half>(mine, place, base, token_block, acc);
+      if constexpr (T::kManySegments) {
+        if (work.takes_over(i)) take_over<kTokens>(args.exchange, work.first - 1, acc);
+        if (i == 0 && work.hands_on()) {
+          hand_on<kTokens>(args.exchange, work.first, acc);
+          continue;
+        }
+      }
+      const int token_block = work.token_block(s.item);
+      int row_block = work.row_block(s.item);
+      const GemmPart part = part_of(p, kRows, row_block);
+      if (p.out_is_bf16) write<T, kTokens, __nv_bfloat16>(args, part, base, row_block, token_block, turn, acc);
+      else write<T, kTokens, __half>(args, part, base, row_block, token_block, turn, acc);
     }
   }
 }
@@ -392,11 +509,11 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args, ClusterPlac
 template <Operand kOperand, Format kFormat, int kTokens>
 __global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOperand, kTokens>::kBlocksPerSm)
     gemm_w4_kernel(const __grid_constant__ GemmArgs args) {
-  multiply_block<kOperand, kFormat, kTokens>(args, ClusterPlace(args, blockIdx.z), Items(args, kTokens));
+  multiply_block<kOperand, kFormat, kTokens>(args);
 }
 
 template <Operand kOperand, Format kFormat, int kTokens>
-void launch(const GemmProblem& p, cudaStream_t stream) {
+void launch(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream) {
   using T = Traits<kOperand, kFormat, kTokens>;
   const auto kernel = gemm_w4_kernel<kOperand, kFormat, kTokens>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAloneSmem), "shared memory");
@@ -404,19 +521,20 @@ void launch(const GemmProblem& p, cudaStream_t stream) {
   // E4M3 has twice the tensor cores' rate, and of few tokens the expansion takes longer.
   const float math_ns = kGroups * (T::kE4m3 ? kTokens * 0.51f + 11 : kTokens * 1.06f + 3.7f);
   const BlockCost cost{kGroups * T::kWeightTile, T::kTokenTile, T::kReduceBytes, math_ns, T::kBlocksPerSm};
-  launch_divided(kernel, room, cost, kRows, kTokens, T::kThreads, T::kSmem, kOperand, kFormat, T::kItems, p, stream);
+  launch_divided(kernel, room, cost, kRows, kTokens, T::kThreads, T::kSmem, kOperand, kFormat, T::kManySegments, p,
+                 allocate, stream);
 }
 
 template <Operand kOperand, Format kFormat>
-void dispatch_tokens(const GemmProblem& p, cudaStream_t stream) {
+void dispatch_tokens(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream) {
   switch (p.token_tile) {
     case 16:
-      if constexpr (kOperand != Operand::kE4m3) return launch<kOperand, kFormat, 16>(p, stream);
+      if constexpr (kOperand != Operand::kE4m3) return launch<kOperand, kFormat, 16>(p, allocate, stream);
       break;
-    case 32: return launch<kOperand, kFormat, 32>(p, stream);
-    case 64: return launch<kOperand, kFormat, 64>(p, stream);
-    case 128: return launch<kOperand, kFormat, 128>(p, stream);
-    case 256: return launch<kOperand, kFormat, 256>(p, stream);
+    case 32: return launch<kOperand, kFormat, 32>(p, allocate, stream);
+    case 64: return launch<kOperand, kFormat, 64>(p, allocate, stream);
+    case 128: return launch<kOperand, kFormat, 128>(p, allocate, stream);
+    case 256: return launch<kOperand, kFormat, 256>(p, allocate, stream);
   }
   throw std::runtime_error("gemm_w4_sm90: token_tile must be 16 (of 16-bit operands), 32, 64, 128 or 256, got " +
                            std::to_string(p.token_tile));
@@ -424,11 +542,13 @@ void dispatch_tokens(const GemmProblem& p, cudaStream_t stream) {
 
 }  // namespace
 
-void run_gemm_sm90(const GemmProblem& p, cudaStream_t stream) {
+void run_gemm_sm90(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream) {
   if (p.m == 0) return;
-  if (p.operand == static_cast<int>(Operand::kE4m3)) return dispatch_tokens<Operand::kE4m3, Format::kMxfp4>(p, stream);
+  if (p.operand == static_cast<int>(Operand::kE4m3)) {
+    return dispatch_tokens<Operand::kE4m3, Format::kMxfp4>(p, allocate, stream);
+  }
   with_types(p.operand, p.format,
-             [&](auto operand, auto format) { dispatch_tokens<operand.value, format.value>(p, stream); });
+             [&](auto operand, auto format) { dispatch_tokens<operand.value, format.value>(p, allocate, stream); });
 }
 
 }  // namespace fp4

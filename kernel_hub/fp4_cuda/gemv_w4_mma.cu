@@ -301,23 +301,23 @@ void dispatch_8(const GemmProblem& p, const FusedTokens& fused, cudaStream_t str
 }
 
 template <Operand kOperand, Format kFormat>
-void dispatch_16(const GemmProblem& p, cudaStream_t stream) {
+void dispatch_16(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream) {
   switch (variant_of(p)) {
     case 1: return launch<kOperand, kFormat, GemvShape<2, 2, 16, 2, 1>, Tokens::kPrepared>(p, {}, stream);
     case 2: return launch<kOperand, kFormat, GemvShape<2, 4, 8, 2, 2>, Tokens::kPrepared>(p, {}, stream);
   }
   GemmProblem whole = p;
   whole.split = 1;
-  run_gemm_sm90(whole, stream);
+  run_gemm_sm90(whole, allocate, stream);
 }
 
 }  // namespace
 
-void run_gemv(const GemmProblem& p, cudaStream_t stream) {
+void run_gemv(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream) {
   if (p.m == 0) return;
   with_types(p.operand, p.format, [&](auto operand, auto format) {
     if (p.token_tile == 8) dispatch_8<operand.value, format.value, Tokens::kPrepared>(p, {}, stream);
-    else dispatch_16<operand.value, format.value>(p, stream);
+    else dispatch_16<operand.value, format.value>(p, allocate, stream);
   });
 }
 

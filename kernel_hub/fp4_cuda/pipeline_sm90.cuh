@@ -59,12 +59,6 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t local, uint32_t ran
   return remote;
 }
 
-// Arrives at a barrier of any block of this cluster. Not .release.cluster: that is a MEMBAR, which waits for every load in
-// flight; shared memory that this warp has read needs none.
-__device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -81,17 +75,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t dst, const void* src, uint32_
   asm volatile(FP4_ELECTED(
                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;")
                ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
-               : "memory");
-}
-
-// The same into every block of the cluster that `blocks` names, at the same offset; in each, the barrier at the same offset
-// counts the bytes.
-__device__ __forceinline__ void bulk_copy_shared(uint32_t dst, const void* src, uint32_t bytes, uint32_t barrier,
-                                                 uint16_t blocks, uint64_t policy) {
-  asm volatile(FP4_ELECTED(
-                   "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-                   "[%0], [%1], %2, [%3], %4, %5;")
-               ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier), "h"(blocks), "l"(policy)
                : "memory");
 }
 
@@ -144,6 +127,16 @@ __device__ __forceinline__ void prefetch_row_data(const float* row_scale, const 
   if (threadIdx.x >= kRows / 8 || row >= n) return;
   asm volatile("prefetch.global.L2 [%0];" ::"l"(row_scale + row));
   if (bias != nullptr) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint16_t*>(bias) + row));
+}
+
+// What this thread, and threads it was synchronized with, wrote before a release is there after an acquire that reads its value.
+__device__ __forceinline__ void store_release(uint64_t* p, uint64_t v) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* p) {
+  uint64_t v;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
 }
 
 // Programmatic dependent launch: wait for everything before this kernel; let the next kernel start its prologue.

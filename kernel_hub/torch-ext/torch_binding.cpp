@@ -193,9 +193,11 @@ fp4::GemmProblem gemm_problem(const Linears& linears, const Tensor& like, int64_
 constexpr int64_t kFusedTokens = 2, kFusedRows = 16384;
 constexpr int64_t fused_bytes(bool quantize) { return quantize ? 16 << 10 : 128 << 10; }
 
-void run_gemm(const fp4::GemmProblem& p, cudaStream_t stream) {
-  if (p.m <= kGemvTokens) return fp4::run_gemv(p, stream);
-  fp4::run_gemm_sm90(p, stream);
+void run_gemm(const fp4::GemmProblem& p, const Tensor& like) {
+  std::vector<Tensor> workspace;
+  auto allocate = [&](int64_t bytes) { return workspace.emplace_back(new_tensor(like, {bytes}, ScalarType::Byte)).data_ptr(); };
+  if (p.m <= kGemvTokens) return fp4::run_gemv(p, allocate, current_stream(like));
+  fp4::run_gemm_sm90(p, allocate, current_stream(like));
 }
 
 }  // namespace
@@ -352,7 +354,7 @@ static std::vector<Tensor> gemms(const Tensor& tokens, const Tensor& token_scale
   p.token_scale = token_scale.numel() > 0 ? static_cast<const float*>(token_scale.data_ptr()) : nullptr;
   p.token_scale_stride = token_scale.numel() > 1 ? 1 : 0;
   p.split = static_cast<int>(split);
-  run_gemm(p, current_stream(tokens));
+  run_gemm(p, tokens);
   return out;
 }
 
