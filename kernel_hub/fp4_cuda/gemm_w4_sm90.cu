@@ -518,9 +518,8 @@ void launch(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream)
   const auto kernel = gemm_w4_kernel<kOperand, kFormat, kTokens>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAloneSmem), "shared memory");
   static const Room room{count_clusters(kernel, T::kThreads, T::kSmem), count_clusters(kernel, T::kThreads, kAloneSmem)};
-  // E4M3 has twice the tensor cores' rate, and of few tokens the expansion takes longer.
-  const float math_ns = kGroups * (T::kE4m3 ? kTokens * 0.51f + 11 : kTokens * 1.06f + 3.7f);
-  const BlockCost cost{kGroups * T::kWeightTile, T::kTokenTile, T::kReduceBytes, math_ns, T::kBlocksPerSm};
+  const float math_ns = kGroups * (T::kE4m3 ? kTokens * 0.54f + 170 : kTokens * 2.7f);
+  const BlockCost cost{kGroups * T::kWeightTile, T::kReduceBytes, math_ns, T::kBlocksPerSm};
   launch_divided(kernel, room, cost, kRows, kTokens, T::kThreads, T::kSmem, kOperand, kFormat, T::kManySegments, p,
                  allocate, stream);
 }
