@@ -152,7 +152,7 @@ __device__ __forceinline__ void copy_signs(const Chunk<kValues>& c, Pairs<kValue
   }
 }
 
-// Times two equal numbers of 16 bits, exactly.
+// Each times that of `pair` in its place. For products that 16 bits hold.
 template <typename T, int kValues>
 __device__ __forceinline__ void multiply(Pairs<kValues>& p, uint32_t pair) {
   using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
@@ -183,69 +183,126 @@ __device__ __forceinline__ float approximate_reciprocal(float v) {
   return r;
 }
 
-// a / b as division rounds it, by one correction of a product with b's reciprocal. Not where anything may be subnormal.
+// a / b as division rounds it, by one correction of the product with b's reciprocal: for an E4M3 scale and a divisor all
+// mantissas were tried, with reciprocals up to two units off. Not where anything may be subnormal.
 __device__ __forceinline__ float quotient(float a, float b, float reciprocal) {
   const float q = a * reciprocal;
   return fmaf(fmaf(-q, b, a), reciprocal, q);
 }
 
-// For ordinary blocks (quantize_nvfp4): no value up to 6 under the first scale rounds to more than 6 under another, and larger
-// ones round as that one does.
-struct FastSteps {
+// Magnitudes on the grid, and the squared error that they leave in the block.
+template <int kValues>
+struct Rounded {
+  Pairs<kValues> q;
+  BlockError<kValues> error;
+  __device__ __forceinline__ void set(int i, const Chunk<kValues>& c, const float (&rounded)[2], float unit) {
+    q.v[i / 2] = pack_pair<__nv_bfloat16>(rounded[0], rounded[1]);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) error.add(i + j, c.v[i + j], rounded[j], unit);
+  }
+  __device__ __forceinline__ float of_block() const { return error.template of_block<16 / kValues>(); }
+};
+
+// The candidates for a block's scale: amax at 6, amax at 4, and the one below the first.
+struct Scales {
+  float six, four, below;
+};
+
+// Ordinary blocks (quantize_nvfp4). No value up to 6 under the first scale rounds to more than 6 under another, and those above
+// round as it does.
+template <int kValues>
+struct FastSearch {
+  const Chunk<kValues>& c;
   float global, reciprocal, most;
-  __device__ __forceinline__ FastSteps(float global, float first_scale) : global(global) {
+  __device__ __forceinline__ FastSearch(const Chunk<kValues>& c, float global, float six) : c(c), global(global) {
     const float r = approximate_reciprocal(global);
     reciprocal = fmaf(fmaf(-r, global, 1.0f), r, r);
-    most = first_scale * (6.0f * reciprocal);
+    most = six * (6.0f * reciprocal);
   }
   __device__ __forceinline__ Step under(float s) const {
     return {quotient(global, s, approximate_reciprocal(s)), quotient(s, global, reciprocal)};
   }
-  __device__ __forceinline__ float rounded(float v, float inverse) const {
-    const float a = fminf(fabsf(v), most) * inverse;
-    return round_under(a, power_under(a));
-  }
-};
-
-// For all others.
-struct PlainSteps {
-  float global;
-  __device__ __forceinline__ Step under(float s) const { return {__fdiv_rn(global, s), __fdiv_rn(s, global)}; }
-  __device__ __forceinline__ float rounded(float v, float inverse) const { return round_e2m1_magnitude(fabsf(v) * inverse); }
-};
-
-// Of the first scales, 1, 2 or 3 by the rule, the first one of the least error; q: magnitudes on the grid.
-template <bool kUnroll, int kValues, class Steps>
-__device__ __forceinline__ float search_nvfp4(const Chunk<kValues>& c, const float (&scales)[3], const Steps& steps,
-                                              ScaleRule rule, Pairs<kValues>& q) {
-  float best = scales[0], least = 0.0f;
-#pragma unroll (kUnroll ? 3 : 1)
-  for (int i = 0; i < 3; ++i) {
-    if (i > static_cast<int>(rule)) break;
-    const float s = i == 0 ? scales[0] : i == 1 ? scales[1] : scales[2];
-    const Step step = steps.under(s);
-    Pairs<kValues> rounded;
-    BlockError<kValues> error;
+  __device__ __forceinline__ Rounded<kValues> round(float s) const {
+    const Step step = under(s);
+    Rounded<kValues> r;
 #pragma unroll
-    for (int j = 0; j < kValues; j += 2) {
-      const float a = steps.rounded(c.v[j], step.inverse), b = steps.rounded(c.v[j + 1], step.inverse);
-      rounded.v[j / 2] = pack_pair<__nv_bfloat16>(a, b);
-      error.add(j, c.v[j], a, step.unit);
-      error.add(j + 1, c.v[j + 1], b, step.unit);
+    for (int i = 0; i < kValues; i += 2) {
+      float rounded[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float a = fminf(fabsf(c.v[i + j]), most) * step.inverse;
+        rounded[j] = round_under(a, power_under(a));
+      }
+      r.set(i, c, rounded, step.unit);
     }
-    if (i == 0) q = rounded;
-    if (rule == ScaleRule::kAbsmax) break;
-    const float sum = error.template of_block<16 / kValues>();
-    if (i == 0) {
-      least = sum;
-    } else {
-      const bool better = sum < least;
-      replace_if(better, q, rounded);
-      best = better ? s : best;
-      least = fminf(sum, least);
+    return r;
+  }
+  // Also under a scale of up to 9/8 of s, with the powers of two of s: 2 and 4 under s are at least 1.75 and 3.5 under it,
+  // from where on values round to 2 and 4 with the larger step too.
+  __device__ __forceinline__ void round(float s, float above, Rounded<kValues>& r, Rounded<kValues>& r_above) const {
+    const Step step = under(s), step_above = under(above);
+#pragma unroll
+    for (int i = 0; i < kValues; i += 2) {
+      float rounded[2], rounded_above[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float v = fminf(fabsf(c.v[i + j]), most), a = v * step.inverse, power = power_under(a);
+        rounded[j] = round_under(a, power);
+        rounded_above[j] = round_under(v * step_above.inverse, power);
+      }
+      r.set(i, c, rounded, step.unit);
+      r_above.set(i, c, rounded_above, step_above.unit);
     }
   }
-  return best;
+};
+
+// All others.
+template <int kValues>
+struct PlainSearch {
+  const Chunk<kValues>& c;
+  float global;
+  __device__ __forceinline__ Rounded<kValues> round(float s) const {
+    const float inverse = __fdiv_rn(global, s), unit = __fdiv_rn(s, global);
+    Rounded<kValues> r;
+#pragma unroll
+    for (int i = 0; i < kValues; i += 2) {
+      const float rounded[2] = {round_e2m1_magnitude(fabsf(c.v[i]) * inverse),
+                                round_e2m1_magnitude(fabsf(c.v[i + 1]) * inverse)};
+      r.set(i, c, rounded, unit);
+    }
+    return r;
+  }
+  __device__ __forceinline__ void round(float s, float above, Rounded<kValues>& r, Rounded<kValues>& r_above) const {
+    r = round(s);
+    r_above = round(above);
+  }
+};
+
+// Of the scales that the rule allows the one of the least error; of equals, the first of six, four, below.
+template <int kValues, class Search>
+__device__ __forceinline__ float search_nvfp4(const Search& search, const Scales& scales, ScaleRule rule, Pairs<kValues>& q) {
+  Rounded<kValues> six;
+  float best = scales.six, least_of_two, error_of_six;
+  if (rule == ScaleRule::kMse) {
+    Rounded<kValues> below;
+    search.round(scales.below, scales.six, below, six);
+    error_of_six = six.of_block();
+    least_of_two = below.of_block();
+    const bool better = least_of_two < error_of_six;
+    q = six.q;
+    replace_if(better, q, below.q);
+    best = better ? scales.below : best;
+  } else {
+    six = search.round(scales.six);
+    q = six.q;
+    if (rule == ScaleRule::kAbsmax) return best;
+    error_of_six = least_of_two = six.of_block();
+  }
+  const Rounded<kValues> four = search.round(scales.four);
+  const float error = four.of_block();
+  const bool better = error < error_of_six && !(least_of_two < error);
+  replace_if(better, q, four.q);
+  return better ? scales.four : best;
 }
 
 // nvfp4 block: returns its scale, which E4M3 has; q holds grid values.
@@ -253,18 +310,20 @@ template <int kValues>
 __device__ __forceinline__ float quantize_nvfp4(const Chunk<kValues>& c, float global, ScaleRule rule, Pairs<kValues>& q) {
   const float amax = most_of_block<16 / kValues>(amax_of(c));
   const float sixth = fmaf(amax, 0x1.555554p-3f, amax * 0x1.555556p-27f) * global;  // amax / 6 as division rounds it
-  // Where all steps of FastSteps hold. Of mantissas one is out, all ones: its reciprocal is too close to half way.
-  const bool ordinary = global >= 0x1p-100f && global <= 0x1p100f && (~__float_as_uint(global) & 0x007FFFFFu) != 0 &&
-                        (sixth < 0x1p-9f || sixth >= 0x1.2p-6f);
+  // Where all that FastSearch does holds. Of mantissas one is out, all ones: its reciprocal is too close to half way. Of blocks
+  // those whose first scale is subnormal and not the least: neighbours are too far from it.
+  const bool ordinary = (global >= 0x1p-100f) & (global <= 0x1p100f) & ((~__float_as_uint(global) & 0x007FFFFFu) != 0) &
+                        ((sixth < 0x1p-9f) | (sixth >= 0x1.2p-6f));
   float s;
-  if (__all_sync(0xFFFFFFFFu, ordinary)) {
+  if (!__all_sync(0xFFFFFFFFu, ordinary)) {
+    const uint32_t byte = encode_block_scale(__fdiv_rn(amax, 6.0f) * global);
+    const uint32_t fourth = encode_block_scale(__fdiv_rn(amax, 4.0f) * global);
+    const Scales scales = {e4m3_to_float(byte), e4m3_to_float(fourth), e4m3_to_float(max(byte - 1, 1u))};
+    s = search_nvfp4(PlainSearch<kValues>{c, global}, scales, rule, q);
+  } else {
     const float2 first = round_to_e4m3(sixth, amax * (0.25f * global));
     const float below = fmaxf(__uint_as_float(__float_as_uint(first.x) - 0x00100000u), 0x1p-9f);
-    s = search_nvfp4<true>(c, {first.x, first.y, below}, FastSteps(global, first.x), rule, q);
-  } else {
-    const uint32_t byte = encode_block_scale(__fdiv_rn(amax, 6.0f) * global);
-    const float fourth = e4m3_to_float(encode_block_scale(__fdiv_rn(amax, 4.0f) * global));
-    s = search_nvfp4<false>(c, {e4m3_to_float(byte), fourth, e4m3_to_float(max(byte - 1, 1u))}, PlainSteps{global}, rule, q);
+    s = search_nvfp4(FastSearch<kValues>(c, global, first.x), {first.x, first.y, below}, rule, q);
   }
   copy_signs(c, q);
   return s;

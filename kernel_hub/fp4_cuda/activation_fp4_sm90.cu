@@ -165,10 +165,10 @@ __global__ void __launch_bounds__(128) activation_static_kernel(const Activation
   const int lane = threadIdx.x & 31;
   constexpr int kLanes = kLanesOf128<kValues>;
   const int token = blockIdx.x * (32 / kLanes) + lane / kLanes;
-  const int k0 = (blockIdx.y * 4 + threadIdx.x / 32) * 128 + lane % kLanes * kValues;
+  const int k_first = (blockIdx.y * 4 + threadIdx.x / 32) * 128, k0 = k_first + lane % kLanes * kValues;
   const float global = a.global != nullptr ? __ldg(a.global) : 1.0f;
   if (a.token_scale != nullptr && (blockIdx.x | blockIdx.y | threadIdx.x) == 0) a.token_scale[0] = __fdiv_rn(1.0f, global);
-  if (!__any_sync(0xFFFFFFFFu, token < a.m && k0 < a.k_padded)) return;
+  if (k_first >= a.k_padded) return;
   Chunk<kValues> c = load_input<kValues, T, kGated>(a, token, k0, token < a.m && k0 < a.k);
   rotate(c, a.hadamard);
   finish_chunk<T, F, O>(a, token, k0, c, global, 0, token < a.m && k0 < a.k_padded);
