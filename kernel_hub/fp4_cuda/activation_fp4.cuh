@@ -354,26 +354,32 @@ __device__ __forceinline__ int quantize_mxfp4(const Chunk<kValues>& c, ScaleRule
   constexpr int kLanes = 32 / kValues;
   const int e = exponent_of_block(most_of_block<kLanes>(amax_of(c)));
   const float inverse = exp2_int(-e), unit = exp2_int(e);
-  Pairs<kValues> other;
-  BlockError<kValues> error, other_error;
-#pragma unroll
-  for (int i = 0; i < kValues; i += 2) {
-    float rounded[2], doubles[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float a = fabsf(c.v[i + j]) * inverse, power = power_under(a);
-      rounded[j] = fminf(round_under(a, power), 6.0f);
-      doubles[j] = round_under(a, fmaxf(power, 2.0f));  // of a / 2: at most 8
-      error.add(i + j, c.v[i + j], rounded[j], unit);
-      other_error.add(i + j, c.v[i + j], doubles[j], unit);
-    }
-    q.v[i / 2] = pack_pair<T>(rounded[0], rounded[1]);
-    other.v[i / 2] = pack_pair<T>(doubles[0], doubles[1]);
-  }
   raised = false;
   if (rule == ScaleRule::kMse) {
+    Pairs<kValues> other;
+    BlockError<kValues> error, other_error;
+#pragma unroll
+    for (int i = 0; i < kValues; i += 2) {
+      float rounded[2], doubles[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float a = fabsf(c.v[i + j]) * inverse, power = power_under(a);
+        rounded[j] = fminf(round_under(a, power), 6.0f);
+        doubles[j] = round_under(a, fmaxf(power, 2.0f));  // of a / 2: at most 8
+        error.add(i + j, c.v[i + j], rounded[j], unit);
+        other_error.add(i + j, c.v[i + j], doubles[j], unit);
+      }
+      q.v[i / 2] = pack_pair<T>(rounded[0], rounded[1]);
+      other.v[i / 2] = pack_pair<T>(doubles[0], doubles[1]);
+    }
     raised = other_error.template of_block<kLanes>() < error.template of_block<kLanes>();
     replace_if(raised, q, other);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kValues; i += 2) {
+      q.v[i / 2] = pack_pair<T>(round_e2m1_magnitude(fabsf(c.v[i]) * inverse),
+                                round_e2m1_magnitude(fabsf(c.v[i + 1]) * inverse));
+    }
   }
   copy_signs(c, q);
   return e;
