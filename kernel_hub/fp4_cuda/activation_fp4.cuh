@@ -14,18 +14,52 @@ struct Chunk {
   float v[kValues];
 };
 
+// The same values in 16 bits, two a word, the first one in the lower half.
+template <int kValues>
+struct Pairs {
+  uint32_t v[kValues / 2];
+};
+
+template <typename T>
+__device__ __forceinline__ float2 unpack_pair(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack_pair<__nv_bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
+template <>
+__device__ __forceinline__ float2 unpack_pair<__half>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<__half2*>(&pair));
+}
+
+template <typename T, int kValues>
+__device__ __forceinline__ Pairs<kValues> pack(const Chunk<kValues>& c) {
+  Pairs<kValues> p;
+#pragma unroll
+  for (int i = 0; i < kValues / 2; ++i) p.v[i] = pack_pair<T>(c.v[2 * i], c.v[2 * i + 1]);
+  return p;
+}
+
+template <typename T, int kValues>
+__device__ __forceinline__ Chunk<kValues> unpack(const Pairs<kValues>& p) {
+  Chunk<kValues> c;
+#pragma unroll
+  for (int i = 0; i < kValues / 2; ++i) {
+    const float2 v = unpack_pair<T>(p.v[i]);
+    c.v[2 * i] = v.x;
+    c.v[2 * i + 1] = v.y;
+  }
+  return c;
+}
+
 template <int kValues, typename T>
 __device__ __forceinline__ Chunk<kValues> load_chunk(const T* x, bool valid) {
-  Chunk<kValues> c;
-  uint4 raw[kValues / 8] = {};
-  if (valid) {
+  Pairs<kValues> p;
 #pragma unroll
-    for (int i = 0; i < kValues / 8; ++i) raw[i] = __ldg(reinterpret_cast<const uint4*>(x) + i);
+  for (int i = 0; i < kValues / 8; ++i) {
+    const uint4 raw = valid ? __ldg(reinterpret_cast<const uint4*>(x) + i) : make_uint4(0, 0, 0, 0);
+    p.v[4 * i] = raw.x, p.v[4 * i + 1] = raw.y, p.v[4 * i + 2] = raw.z, p.v[4 * i + 3] = raw.w;
   }
-  const T* t = reinterpret_cast<const T*>(raw);
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) c.v[i] = static_cast<float>(t[i]);
-  return c;
+  return unpack<T>(p);
 }
 
 // Fast Walsh-Hadamard transform, natural order, in registers and then across lanes; then the factor 1/sqrt(size).
@@ -43,14 +77,10 @@ __device__ __forceinline__ void rotate(Chunk<kValues>& c, int size) {
       }
     }
   }
-  const int lane = threadIdx.x & 31;
   for (int h = 1; h * kValues < size; h *= 2) {
-    const bool upper = lane & h;
+    const float sign = threadIdx.x & h ? -1.0f : 1.0f;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      const float other = __shfl_xor_sync(0xFFFFFFFFu, c.v[i], h);
-      c.v[i] = upper ? other - c.v[i] : c.v[i] + other;
-    }
+    for (int i = 0; i < kValues; ++i) c.v[i] = fmaf(c.v[i], sign, __shfl_xor_sync(0xFFFFFFFFu, c.v[i], h));
   }
   const float norm = size == 16 ? 0.25f : size == 32 ? 0.17677669529663687f : size == 64 ? 0.125f : 0.08838834764831845f;
 #pragma unroll
@@ -73,55 +103,237 @@ __device__ __forceinline__ float sum_of_block(float v) {
 
 template <int kValues>
 __device__ __forceinline__ float amax_of(const Chunk<kValues>& c) {
-  float m = 0.0f;
+  float m[kValues / 2];
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) m = fmaxf(m, fabsf(c.v[i]));
-  return m;
-}
-
-// The squared error that rounding to E2M1 under x * inverse leaves in a block, where one unit is worth `step`.
-// Added up 8 values at a time.
-template <int kLanes, int kValues>
-__device__ __forceinline__ float block_error(const Chunk<kValues>& c, float inverse, float step) {
-  float error[kValues / 8] = {};
+  for (int i = 0; i < kValues / 2; ++i) m[i] = fmaxf(fabsf(c.v[i]), fabsf(c.v[i + kValues / 2]));
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    const float magnitude = fabsf(c.v[i]), d = fmaf(-round_e2m1_magnitude(magnitude * inverse), step, magnitude);
-    error[i / 8] = fmaf(d, d, error[i / 8]);
+  for (int h = kValues / 4; h > 0; h /= 2) {
+#pragma unroll
+    for (int i = 0; i < h; ++i) m[i] = fmaxf(m[i], m[i + h]);
   }
-  return sum_of_block<kLanes>(kValues == 8 ? error[0] : error[0] + error[kValues / 8 - 1]);
+  return fmaxf(m[0], 0.0f);  // not a NaN, even if all are
 }
 
-// Grid values under x * inverse.
+// What round_e2m1_magnitude does, in parts: the power of two that decides the step, and rounding without an upper limit.
+__device__ __forceinline__ float power_under(float a) {
+  return __uint_as_float(__float_as_uint(fmaxf(a, 1.0f)) & 0x7F800000u);
+}
+__device__ __forceinline__ float round_under(float a, float power) {
+  return fmaf(power, -4194304.0f, fmaf(power, 4194304.0f, a));
+}
+
+// The squared error of a thread's part of a block, where one unit of what values were rounded to is worth `unit`. Added up 8
+// values at a time.
 template <int kValues>
-__device__ __forceinline__ void round_block(const Chunk<kValues>& c, float inverse, Chunk<kValues>& q) {
+struct BlockError {
+  float sum[kValues / 8] = {};
+  __device__ __forceinline__ void add(int i, float value, float rounded, float unit) {
+    const float d = fmaf(-rounded, unit, fabsf(value));
+    sum[i / 8] = fmaf(d, d, sum[i / 8]);
+  }
+  template <int kLanes>
+  __device__ __forceinline__ float of_block() const {
+    return sum_of_block<kLanes>(kValues == 8 ? sum[0] : sum[0] + sum[kValues / 8 - 1]);
+  }
+};
+
+template <int kValues>
+__device__ __forceinline__ void replace_if(bool better, Pairs<kValues>& p, const Pairs<kValues>& other) {
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) q.v[i] = round_e2m1(c.v[i] * inverse);
+  for (int i = 0; i < kValues / 2; ++i) p.v[i] = better ? other.v[i] : p.v[i];
 }
 
-// nvfp4 block: returns the E4M3 scale byte; q holds grid values.
+// Of magnitudes, those of c.
+template <int kValues>
+__device__ __forceinline__ void copy_signs(const Chunk<kValues>& c, Pairs<kValues>& p) {
+#pragma unroll
+  for (int i = 0; i < kValues / 2; ++i) {
+    p.v[i] |= __byte_perm(__float_as_uint(c.v[2 * i]), __float_as_uint(c.v[2 * i + 1]), 0x7632) & 0x80008000u;
+  }
+}
+
+// Each times that of `pair` in its place. For products that 16 bits hold.
+template <typename T, int kValues>
+__device__ __forceinline__ void multiply(Pairs<kValues>& p, uint32_t pair) {
+  using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+#pragma unroll
+  for (int i = 0; i < kValues / 2; ++i) {
+    const Two product = __hmul2(*reinterpret_cast<const Two*>(&p.v[i]), *reinterpret_cast<const Two*>(&pair));
+    p.v[i] = *reinterpret_cast<const uint32_t*>(&product);
+  }
+}
+
+// Both as E4M3 block scales.
+__device__ __forceinline__ float2 round_to_e4m3(float a, float b) {
+  constexpr float kLeast = 0x1p-9f;
+  const __nv_fp8x2_storage_t bytes =
+      __nv_cvt_float2_to_fp8x2(make_float2(fmaxf(a, kLeast), fmaxf(b, kLeast)), __NV_SATFINITE, __NV_E4M3);
+  const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(bytes, __NV_E4M3);
+  return __half22float2(*reinterpret_cast<const __half2*>(&halves));
+}
+
+// How an nvfp4 block is rounded under its scale s: values are multiplied by global / s, and one unit is then worth s / global.
+struct Step {
+  float inverse, unit;
+};
+
+__device__ __forceinline__ float approximate_reciprocal(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
+// a / b as division rounds it, by one correction of the product with b's reciprocal: for an E4M3 scale and a divisor all
+// mantissas were tried, with reciprocals up to two units off. Not where anything may be subnormal.
+__device__ __forceinline__ float quotient(float a, float b, float reciprocal) {
+  const float q = a * reciprocal;
+  return fmaf(fmaf(-q, b, a), reciprocal, q);
+}
+
+// Magnitudes on the grid, and the squared error that they leave in the block.
+template <int kValues>
+struct Rounded {
+  Pairs<kValues> q;
+  BlockError<kValues> error;
+  __device__ __forceinline__ void set(int i, const Chunk<kValues>& c, const float (&rounded)[2], float unit) {
+    q.v[i / 2] = pack_pair<__nv_bfloat16>(rounded[0], rounded[1]);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) error.add(i + j, c.v[i + j], rounded[j], unit);
+  }
+  __device__ __forceinline__ float of_block() const { return error.template of_block<16 / kValues>(); }
+};
+
+// The candidates for a block's scale: amax at 6, amax at 4, and the one below the first.
+struct Scales {
+  float six, four, below;
+};
+
+// Ordinary blocks (quantize_nvfp4). No value up to 6 under the first scale rounds to more than 6 under another, and those above
+// round as it does.
+template <int kValues>
+struct FastSearch {
+  const Chunk<kValues>& c;
+  float global, reciprocal, most;
+  __device__ __forceinline__ FastSearch(const Chunk<kValues>& c, float global, float six) : c(c), global(global) {
+    const float r = approximate_reciprocal(global);
+    reciprocal = fmaf(fmaf(-r, global, 1.0f), r, r);
+    most = six * (6.0f * reciprocal);
+  }
+  __device__ __forceinline__ Step under(float s) const {
+    return {quotient(global, s, approximate_reciprocal(s)), quotient(s, global, reciprocal)};
+  }
+  __device__ __forceinline__ Rounded<kValues> round(float s) const {
+    const Step step = under(s);
+    Rounded<kValues> r;
+#pragma unroll
+    for (int i = 0; i < kValues; i += 2) {
+      float rounded[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float a = fminf(fabsf(c.v[i + j]), most) * step.inverse;
+        rounded[j] = round_under(a, power_under(a));
+      }
+      r.set(i, c, rounded, step.unit);
+    }
+    return r;
+  }
+  // Also under a scale of up to 9/8 of s, with the powers of two of s: 2 and 4 under s are at least 1.75 and 3.5 under it,
+  // from where on values round to 2 and 4 with the larger step too.
+  __device__ __forceinline__ void round(float s, float above, Rounded<kValues>& r, Rounded<kValues>& r_above) const {
+    const Step step = under(s), step_above = under(above);
+#pragma unroll
+    for (int i = 0; i < kValues; i += 2) {
+      float rounded[2], rounded_above[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float v = fminf(fabsf(c.v[i + j]), most), a = v * step.inverse, power = power_under(a);
+        rounded[j] = round_under(a, power);
+        rounded_above[j] = round_under(v * step_above.inverse, power);
+      }
+      r.set(i, c, rounded, step.unit);
+      r_above.set(i, c, rounded_above, step_above.unit);
+    }
+  }
+};
+
+// All others.
+template <int kValues>
+struct PlainSearch {
+  const Chunk<kValues>& c;
+  float global;
+  __device__ __forceinline__ Rounded<kValues> round(float s) const {
+    const float inverse = __fdiv_rn(global, s), unit = __fdiv_rn(s, global);
+    Rounded<kValues> r;
+#pragma unroll
+    for (int i = 0; i < kValues; i += 2) {
+      const float rounded[2] = {round_e2m1_magnitude(fabsf(c.v[i]) * inverse),
+                                round_e2m1_magnitude(fabsf(c.v[i + 1]) * inverse)};
+      r.set(i, c, rounded, unit);
+    }
+    return r;
+  }
+  __device__ __forceinline__ void round(float s, float above, Rounded<kValues>& r, Rounded<kValues>& r_above) const {
+    r = round(s);
+    r_above = round(above);
+  }
+};
+
+// Of the scales that the rule allows the one of the least error; of equals, the first of six, four, below.
+template <int kValues, class Search>
+__device__ __forceinline__ float search_nvfp4(const Search& search, const Scales& scales, ScaleRule rule, Pairs<kValues>& q) {
+  Rounded<kValues> six;
+  float best = scales.six, least_of_two, error_of_six;
+  if (rule == ScaleRule::kMse) {
+    Rounded<kValues> below;
+    search.round(scales.below, scales.six, below, six);
+    error_of_six = six.of_block();
+    least_of_two = below.of_block();
+    const bool better = least_of_two < error_of_six;
+    q = six.q;
+    replace_if(better, q, below.q);
+    best = better ? scales.below : best;
+  } else {
+    six = search.round(scales.six);
+    q = six.q;
+    if (rule == ScaleRule::kAbsmax) return best;
+    error_of_six = least_of_two = six.of_block();
+  }
+  const Rounded<kValues> four = search.round(scales.four);
+  const float error = four.of_block();
+  const bool better = error < error_of_six && !(least_of_two < error);
+  replace_if(better, q, four.q);
+  return better ? scales.four : best;
+}
+
+// nvfp4 block: returns its scale, which E4M3 has; q holds grid values.
+template <int kValues>
+__device__ __forceinline__ float quantize_nvfp4(const Chunk<kValues>& c, float global, ScaleRule rule, Pairs<kValues>& q) {
+  const float amax = most_of_block<16 / kValues>(amax_of(c));
+  const float sixth = fmaf(amax, 0x1.555554p-3f, amax * 0x1.555556p-27f) * global;  // amax / 6 as division rounds it
+  // Where all that FastSearch does holds. Of mantissas one is out, all ones: its reciprocal is too close to half way. Of blocks
+  // those whose first scale is subnormal and not the least: neighbours are too far from it.
+  const bool ordinary = (global >= 0x1p-100f) & (global <= 0x1p100f) & ((~__float_as_uint(global) & 0x007FFFFFu) != 0) &
+                        ((sixth < 0x1p-9f) | (sixth >= 0x1.2p-6f));
+  float s;
+  if (!__all_sync(0xFFFFFFFFu, ordinary)) {
+    const uint32_t byte = encode_block_scale(__fdiv_rn(amax, 6.0f) * global);
+    const uint32_t fourth = encode_block_scale(__fdiv_rn(amax, 4.0f) * global);
+    const Scales scales = {e4m3_to_float(byte), e4m3_to_float(fourth), e4m3_to_float(max(byte - 1, 1u))};
+    s = search_nvfp4(PlainSearch<kValues>{c, global}, scales, rule, q);
+  } else {
+    const float2 first = round_to_e4m3(sixth, amax * (0.25f * global));
+    const float below = fmaxf(__uint_as_float(__float_as_uint(first.x) - 0x00100000u), 0x1p-9f);
+    s = search_nvfp4(FastSearch<kValues>(c, global, first.x), {first.x, first.y, below}, rule, q);
+  }
+  copy_signs(c, q);
+  return s;
+}
 template <int kValues>
 __device__ __forceinline__ uint32_t quantize_nvfp4(const Chunk<kValues>& c, float global, ScaleRule rule, Chunk<kValues>& q) {
-  constexpr int kLanes = 16 / kValues;
-  const float amax = most_of_block<kLanes>(amax_of(c));
-  const uint32_t byte6 = encode_block_scale(__fdiv_rn(amax, 6.0f) * global);
-  uint32_t best = byte6;
-  if (rule != ScaleRule::kAbsmax) {
-    auto error_of = [&](uint32_t byte) {
-      const float s = e4m3_to_float(byte);
-      return block_error<kLanes>(c, __fdiv_rn(global, s), __fdiv_rn(s, global));
-    };
-    float least = error_of(byte6);
-    auto consider = [&](uint32_t byte) {
-      const float error = error_of(byte);
-      best = error < least ? byte : best;
-      least = fminf(error, least);
-    };
-    consider(encode_block_scale(__fdiv_rn(amax, 4.0f) * global));
-    if (rule == ScaleRule::kMse) consider(max(byte6 - 1, 1u));
-  }
-  round_block(c, __fdiv_rn(global, e4m3_to_float(best)), q);
-  return best;
+  Pairs<kValues> pairs;
+  const float s = quantize_nvfp4(c, global, rule, pairs);
+  q = unpack<__nv_bfloat16>(pairs);
+  return encode_block_scale(s);
 }
 
 // A token's divisor: the power of two that takes its largest value to at most 256 * 6, so that multiplying by it is exact.
@@ -135,52 +347,93 @@ __device__ __forceinline__ int exponent_of_block(float amax) {
   return max(static_cast<int>(__float_as_uint(amax) >> 23) - 129, -127);
 }
 
-// mxfp4 block: returns the exponent; q holds grid values.
-template <int kValues>
-__device__ __forceinline__ int quantize_mxfp4(const Chunk<kValues>& c, ScaleRule rule, Chunk<kValues>& q) {
+// mxfp4 block: returns e; q holds multiples of 2^e. The block's exponent is e and these are grid values, or, if `raised`, it is
+// e + 1 and these are their doubles.
+template <typename T, int kValues>
+__device__ __forceinline__ int quantize_mxfp4(const Chunk<kValues>& c, ScaleRule rule, Pairs<kValues>& q, bool& raised) {
   constexpr int kLanes = 32 / kValues;
-  int e = exponent_of_block(most_of_block<kLanes>(amax_of(c)));
+  const int e = exponent_of_block(most_of_block<kLanes>(amax_of(c)));
+  const float inverse = exp2_int(-e), unit = exp2_int(e);
+  raised = false;
   if (rule == ScaleRule::kMse) {
-    const float error = block_error<kLanes>(c, exp2_int(-e), exp2_int(e));
-    e += block_error<kLanes>(c, exp2_int(-e - 1), exp2_int(e + 1)) < error;
+    Pairs<kValues> other;
+    BlockError<kValues> error, other_error;
+#pragma unroll
+    for (int i = 0; i < kValues; i += 2) {
+      float rounded[2], doubles[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float a = fabsf(c.v[i + j]) * inverse, power = power_under(a);
+        rounded[j] = fminf(round_under(a, power), 6.0f);
+        doubles[j] = round_under(a, fmaxf(power, 2.0f));  // of a / 2: at most 8
+        error.add(i + j, c.v[i + j], rounded[j], unit);
+        other_error.add(i + j, c.v[i + j], doubles[j], unit);
+      }
+      q.v[i / 2] = pack_pair<T>(rounded[0], rounded[1]);
+      other.v[i / 2] = pack_pair<T>(doubles[0], doubles[1]);
+    }
+    raised = other_error.template of_block<kLanes>() < error.template of_block<kLanes>();
+    replace_if(raised, q, other);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kValues; i += 2) {
+      q.v[i / 2] = pack_pair<T>(round_e2m1_magnitude(fabsf(c.v[i]) * inverse),
+                                round_e2m1_magnitude(fabsf(c.v[i + 1]) * inverse));
+    }
   }
-  round_block(c, exp2_int(-e), q);
+  copy_signs(c, q);
   return e;
 }
-
-// 8 of the values, times s, as 16 bytes of T.
-template <typename T>
-__device__ __forceinline__ uint4 pack_values(const float* v, float s) {
-  return make_uint4(pack_pair<T>(v[0] * s, v[1] * s), pack_pair<T>(v[2] * s, v[3] * s), pack_pair<T>(v[4] * s, v[5] * s),
-                    pack_pair<T>(v[6] * s, v[7] * s));
+template <int kValues>
+__device__ __forceinline__ int quantize_mxfp4(const Chunk<kValues>& c, ScaleRule rule, Chunk<kValues>& q) {
+  Pairs<kValues> pairs;
+  bool raised;
+  const int e = quantize_mxfp4<__nv_bfloat16>(c, rule, pairs, raised);
+  q = unpack<__nv_bfloat16>(pairs);
+  return e;
 }
 
 // Values, times s, into the layout of gemv_w4_mma.cu for up to 8 tokens: `block` is the 64-block of k0, 8 pieces of 16 bytes
 // a token.
+template <int kValues>
+__device__ __forceinline__ void store_natural(uint4* block, uint32_t token, uint32_t k0, const Pairs<kValues>& p) {
+#pragma unroll
+  for (int i = 0; i < kValues / 8; ++i)
+    block[token * 8 + ((k0 / 8 + i) % 2 ^ (token & 1)) * 4 + k0 / 16 % 4] =
+        make_uint4(p.v[4 * i], p.v[4 * i + 1], p.v[4 * i + 2], p.v[4 * i + 3]);
+}
 template <typename T, int kValues>
 __device__ __forceinline__ void store_natural(uint4* block, int token, int k0, const Chunk<kValues>& q, float s) {
-#pragma unroll
-  for (int i = 0; i < kValues; i += 8)
-    block[token * 8 + ((k0 + i) / 8 % 2 ^ (token & 1)) * 4 + k0 / 16 % 4] = pack_values<T>(q.v + i, s);
+  Pairs<kValues> p = pack<T>(q);
+  multiply<T>(p, pack_pair<T>(s, s));
+  store_natural(block, token, k0, p);
 }
 
-__device__ __forceinline__ uint32_t pack8(float a, float b, float c, float d) {
-  const uint32_t lo = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
-  const uint32_t hi = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
-  return lo | (hi << 16);
+// E4M3 bytes of a pair of fp16 values.
+__device__ __forceinline__ uint32_t pack8(uint32_t pair) {
+  return __nv_cvt_halfraw2_to_fp8x2(*reinterpret_cast<const __half2_raw*>(&pair), __NV_SATFINITE, __NV_E4M3);
 }
 
-// Values, times s, into E4M3 tiles (gemm_w4_sm90.cu): chunk c holds values 4c, 4c+2, 4c+1, 4c+3 of 16 of each of the four
-// lanes of a 64-block, the order of expand8.
+// Where a token's 64-block of k0 is in tiles, and which row of its tile the token is.
+struct TilePlace {
+  uint32_t block, row;
+};
+__device__ __forceinline__ TilePlace place_in_tiles(uint32_t token_tile, uint32_t k_padded, uint32_t token, uint32_t k0) {
+  const uint32_t tile = token >> (31 - __clz(token_tile));  // a power of two
+  return {tile * (k_padded / 64) + k0 / 64, token & (token_tile - 1)};
+}
+
+// fp16 values into E4M3 tiles (gemm_w4_sm90.cu): chunk c holds values 4c, 4c+2, 4c+1, 4c+3 of 16 of each of the four lanes of
+// a 64-block, the order of expand8.
 template <int kValues>
 __device__ __forceinline__ void store_tiled8(uint8_t* out, int token_tile, int k_padded, int token, int k0,
-                                             const Chunk<kValues>& q, float s) {
-  const int tile = token / token_tile, row = token % token_tile;
-  const int64_t block = static_cast<int64_t>(tile) * (k_padded / 64) + k0 / 64;
-  uint32_t* word = reinterpret_cast<uint32_t*>(out) + block * (token_tile * 16) + row * 4 + k0 / 16 % 4;
+                                             const Pairs<kValues>& p) {
+  const TilePlace at = place_in_tiles(token_tile, k_padded, token, k0);
+  const uint32_t chunk = token_tile * 16, k = k0;
+  uint8_t* word = out + static_cast<uint64_t>(at.block) * (chunk * 4) + k % 16 / 4 * chunk + at.row * 16 + k / 16 % 4 * 4;
 #pragma unroll
   for (int i = 0; i < kValues; i += 4)
-    word[(k0 % 16 + i) / 4 * token_tile * 4] = pack8(q.v[i] * s, q.v[i + 2] * s, q.v[i + 1] * s, q.v[i + 3] * s);
+    *reinterpret_cast<uint32_t*>(word + i / 4 * chunk) = __byte_perm(pack8(p.v[i / 2]), pack8(p.v[i / 2 + 1]), 0x5140);
 }
 
 }  // namespace fp4

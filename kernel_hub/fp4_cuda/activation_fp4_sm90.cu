@@ -64,49 +64,48 @@ __device__ __forceinline__ Chunk<kValues> load_input(const ActivationArgs& a, in
 
 template <int kCount>
 __device__ __forceinline__ void store_words(uint8_t* out, const uint32_t (&w)[kCount]) {
-  if constexpr (kCount == 4) *reinterpret_cast<uint4*>(out) = make_uint4(w[0], w[1], w[2], w[3]);
+  if constexpr (kCount == 8) {
+    reinterpret_cast<uint4*>(out)[0] = make_uint4(w[0], w[1], w[2], w[3]);
+    reinterpret_cast<uint4*>(out)[1] = make_uint4(w[4], w[5], w[6], w[7]);
+  } else if constexpr (kCount == 4) *reinterpret_cast<uint4*>(out) = make_uint4(w[0], w[1], w[2], w[3]);
   else if constexpr (kCount == 2) *reinterpret_cast<uint2*>(out) = make_uint2(w[0], w[1]);
   else *reinterpret_cast<uint32_t*>(out) = w[0];
 }
 
 // 16-bit tiles: chunk 2j holds values 4j, 4j+1 of 16 of each of the four lanes of a 64-block, chunk 2j+1 values 4j+2, 4j+3.
-template <typename T, int kValues>
-__device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token, int k0, const Chunk<kValues>& q, float s) {
-  const int tile = token / a.token_tile, row = token % a.token_tile;
-  const int64_t block = static_cast<int64_t>(tile) * (a.k_padded / 64) + k0 / 64;
-  if (a.natural) {
-    return store_natural<T>(reinterpret_cast<uint4*>(a.out) + block * a.token_tile * 8, row, k0, q, s);
-  }
-  uint32_t* out = reinterpret_cast<uint32_t*>(a.out) + block * (a.token_tile * 32) + row * 4 + k0 / 16 % 4;
+template <int kValues>
+__device__ __forceinline__ void store_tiled16(const ActivationArgs& a, int token, int k0, const Pairs<kValues>& p) {
+  const TilePlace at = place_in_tiles(a.token_tile, a.k_padded, token, k0);
+  const uint32_t chunk = a.token_tile * 16, k = k0;
+  uint8_t* block = static_cast<uint8_t*>(a.out) + static_cast<uint64_t>(at.block) * (chunk * 8);
+  if (a.natural) return store_natural(reinterpret_cast<uint4*>(block), at.row, k0, p);
+  block += k % 16 / 2 * chunk + at.row * 16 + k / 16 % 4 * 4;
 #pragma unroll
-  for (int i = 0; i < kValues; i += 2)
-    out[(k0 % 16 + i) / 2 * a.token_tile * 4] = pack_pair<T>(q.v[i] * s, q.v[i + 1] * s);
+  for (int i = 0; i < kValues / 2; ++i) *reinterpret_cast<uint32_t*>(block + i * chunk) = p.v[i];
 }
 
-// Row-major E4M3 [M, K] for a library product.
+// Row-major E4M3 [M, K] of fp16 values, for a library product.
 template <int kValues>
-__device__ __forceinline__ void store_rows8(const ActivationArgs& a, int token, int k0, const Chunk<kValues>& q, float s) {
+__device__ __forceinline__ void store_rows8(const ActivationArgs& a, int token, int k0, const Pairs<kValues>& p) {
   uint32_t w[kValues / 4];
 #pragma unroll
-  for (int i = 0; i < kValues / 4; ++i)
-    w[i] = pack8(q.v[4 * i] * s, q.v[4 * i + 1] * s, q.v[4 * i + 2] * s, q.v[4 * i + 3] * s);
+  for (int i = 0; i < kValues / 4; ++i) w[i] = pack8(p.v[2 * i]) | pack8(p.v[2 * i + 1]) << 16;
   store_words(static_cast<uint8_t*>(a.out) + static_cast<int64_t>(token) * a.k + k0, w);
 }
 
 template <int kValues>
-__device__ __forceinline__ void store_packed(const ActivationArgs& a, int token, int k0, const Chunk<kValues>& q) {
+__device__ __forceinline__ void store_packed(const ActivationArgs& a, int token, int k0, const Pairs<kValues>& grid) {
+  const Chunk<kValues> q = unpack<__nv_bfloat16>(grid);
   uint32_t w[kValues / 8] = {};
 #pragma unroll
   for (int i = 0; i < kValues; ++i) w[i / 8] |= code_of_e2m1(q.v[i]) << (4 * (i % 8));
   store_words(static_cast<uint8_t*>(a.out) + (static_cast<int64_t>(token) * a.k + k0) / 2, w);
 }
 
-template <typename T, int kValues>
-__device__ __forceinline__ void store_plain(const ActivationArgs& a, int token, int k0, const Chunk<kValues>& q, float s) {
+template <int kValues>
+__device__ __forceinline__ void store_plain(const ActivationArgs& a, int token, int k0, const Pairs<kValues>& p) {
   if (k0 >= a.k) return;
-  uint4* out = reinterpret_cast<uint4*>(static_cast<T*>(a.out) + static_cast<int64_t>(token) * a.k + k0);
-#pragma unroll
-  for (int i = 0; i < kValues; i += 8) out[i / 8] = pack_values<T>(q.v + i, s);
+  store_words(reinterpret_cast<uint8_t*>(static_cast<uint16_t*>(a.out) + static_cast<int64_t>(token) * a.k + k0), p.v);
 }
 
 enum class Output : int { kRotated, kTiled16, kPacked, kRows8, kTiled8, kPlain, kRotatedPlain };
@@ -115,37 +114,46 @@ enum class Output : int { kRotated, kTiled16, kPacked, kRows8, kTiled8, kPlain, 
 template <typename T, Format F, Output O, int kValues>
 __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token, int k0, const Chunk<kValues>& c,
                                              float global, int token_exponent, bool store) {
-  Chunk<kValues> q;
   if constexpr (O == Output::kRotated) {
-    if (store) store_tiled16<T>(a, token, k0, c, 1.0f);
+    if (store) store_tiled16(a, token, k0, pack<T>(c));
   } else if constexpr (O == Output::kRotatedPlain) {
-    if (store) store_plain<T>(a, token, k0, c, 1.0f);
+    if (store) store_plain(a, token, k0, pack<T>(c));
   } else if constexpr (F == Format::kNvfp4) {
-    const uint32_t byte = quantize_nvfp4(c, global, a.rule, q);
+    Pairs<kValues> q;
+    const float s = quantize_nvfp4(c, global, a.rule, q);
     if (!store) return;
-    if constexpr (O == Output::kTiled16) store_tiled16<__nv_bfloat16>(a, token, k0, q, e4m3_to_float(byte));
-    if constexpr (O == Output::kPlain) store_plain<__nv_bfloat16>(a, token, k0, q, e4m3_to_float(byte));
     if constexpr (O == Output::kPacked) {
       if (k0 >= a.k) return;
       store_packed(a, token, k0, q);
-      if (k0 % 16 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 16] = byte;
+      if (k0 % 16 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 16] = encode_block_scale(s);
+    } else {
+      multiply<__nv_bfloat16>(q, pack_pair<__nv_bfloat16>(s, s));
+      if constexpr (O == Output::kTiled16) store_tiled16(a, token, k0, q);
+      if constexpr (O == Output::kPlain) store_plain(a, token, k0, q);
     }
   } else {
-    const int e = quantize_mxfp4(c, a.rule, q);
+    constexpr bool kE4m3 = O == Output::kTiled8 || O == Output::kRows8;
+    Pairs<kValues> q;
+    bool raised;
+    const int e = quantize_mxfp4<std::conditional_t<kE4m3, __half, __nv_bfloat16>>(c, a.rule, q, raised);
     if (!store) return;
-    if constexpr (O == Output::kTiled16) store_tiled16<__nv_bfloat16>(a, token, k0, q, exp2_int(e));
-    if constexpr (O == Output::kPlain) store_plain<__nv_bfloat16>(a, token, k0, q, exp2_int(e));
-    const float relative = exp2_int(max(e - token_exponent, -40));
-    if constexpr (O == Output::kTiled8) {
-      store_tiled8(static_cast<uint8_t*>(a.out), a.token_tile, a.k_padded, token, k0, q, relative);
-    }
-    if constexpr (O == Output::kRows8) {
-      if (k0 < a.k) store_rows8(a, token, k0, q, relative);
-    }
-    if constexpr (O == Output::kPacked) {
+    if constexpr (kE4m3) {
+      // Under 2^-13 all are zero in E4M3, and fp16 has its least power of two that is not subnormal.
+      multiply<__half>(q, static_cast<uint32_t>(max(e - token_exponent, -14) + 15) * 0x04000400u);
+      if constexpr (O == Output::kTiled8) {
+        store_tiled8(static_cast<uint8_t*>(a.out), a.token_tile, a.k_padded, token, k0, q);
+      } else {
+        if (k0 < a.k) store_rows8(a, token, k0, q);
+      }
+    } else if constexpr (O == Output::kPacked) {
       if (k0 >= a.k) return;
+      if (raised) multiply<__nv_bfloat16>(q, pack_pair<__nv_bfloat16>(0.5f, 0.5f));
       store_packed(a, token, k0, q);
-      if (k0 % 32 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 32] = e + 127;
+      if (k0 % 32 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 32] = e + raised + 127;
+    } else {
+      multiply<__nv_bfloat16>(q, pack_pair<__nv_bfloat16>(exp2_int(e), exp2_int(e)));
+      if constexpr (O == Output::kTiled16) store_tiled16(a, token, k0, q);
+      if constexpr (O == Output::kPlain) store_plain(a, token, k0, q);
     }
   }
 }
@@ -155,14 +163,12 @@ template <typename T, Format F, Output O, bool kGated, int kValues>
 __global__ void __launch_bounds__(128) activation_static_kernel(const ActivationArgs a) {
   wait_and_launch(a);
   const int lane = threadIdx.x & 31;
-  const int k_blocks = (a.k_padded + 127) / 128;
-  const int unit = blockIdx.x * 4 + threadIdx.x / 32;
   constexpr int kLanes = kLanesOf128<kValues>;
-  const int token = (unit / k_blocks) * (32 / kLanes) + lane / kLanes;
-  const int k0 = (unit % k_blocks) * 128 + (lane % kLanes) * kValues;
+  const int token = blockIdx.x * (32 / kLanes) + lane / kLanes;
+  const int k_first = (blockIdx.y * 4 + threadIdx.x / 32) * 128, k0 = k_first + lane % kLanes * kValues;
   const float global = a.global != nullptr ? __ldg(a.global) : 1.0f;
-  if (blockIdx.x == 0 && threadIdx.x == 0 && a.token_scale != nullptr) a.token_scale[0] = __fdiv_rn(1.0f, global);
-  if (!__any_sync(0xFFFFFFFFu, token < a.m)) return;
+  if (a.token_scale != nullptr && (blockIdx.x | blockIdx.y | threadIdx.x) == 0) a.token_scale[0] = __fdiv_rn(1.0f, global);
+  if (k_first >= a.k_padded) return;
   Chunk<kValues> c = load_input<kValues, T, kGated>(a, token, k0, token < a.m && k0 < a.k);
   rotate(c, a.hadamard);
   finish_chunk<T, F, O>(a, token, k0, c, global, 0, token < a.m && k0 < a.k_padded);
@@ -171,7 +177,8 @@ __global__ void __launch_bounds__(128) activation_static_kernel(const Activation
 // One block per token: the first pass finds the token's largest rotated value, the second quantizes under it. A thread's
 // first chunks stay in registers in between.
 template <typename T, Format F, Output O, bool kGated, int kValues>
-__global__ void __launch_bounds__(512) activation_dynamic_kernel(const ActivationArgs a) {
+__global__ void __launch_bounds__(512, F == Format::kNvfp4 && kValues == 16 ? 1 : 2)
+    activation_dynamic_kernel(const ActivationArgs a) {
   wait_and_launch(a);
   constexpr int kHeld = 32 / kValues;
   __shared__ float warp_max[16];
@@ -222,15 +229,20 @@ __global__ void __launch_bounds__(512) activation_dynamic_kernel(const Activatio
 }
 
 template <typename T, Format F, Output O, bool kGated, int kValues>
-void launch_chunks(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
-  if (dynamic) {
-    const int chunks = a.k_padded / kValues;
-    const int threads = chunks >= 512 ? 512 : chunks > 128 ? 256 : 128;
-    launch_after(activation_dynamic_kernel<T, F, O, kGated, kValues>, dim3(a.m), dim3(threads), 0, 1, stream, a);
-  } else {
+void launch_chunks(const ActivationArgs& a, [[maybe_unused]] bool dynamic, cudaStream_t stream) {
+  constexpr bool kE4m3 = O == Output::kTiled8 || O == Output::kRows8;
+  constexpr bool kEither = F == Format::kNvfp4 && O != Output::kRotated && O != Output::kRotatedPlain;
+  if constexpr (kE4m3 || kEither) {
+    if (kE4m3 || dynamic) {
+      const int chunks = a.k_padded / kValues;
+      const int threads = chunks >= 512 ? 512 : chunks > 128 ? 256 : 128;
+      return launch_after(activation_dynamic_kernel<T, F, O, kGated, kValues>, dim3(a.m), dim3(threads), 0, 1, stream, a);
+    }
+  }
+  if constexpr (!kE4m3) {
     constexpr int kTokens = 32 / kLanesOf128<kValues>;
-    const int units = (a.m + kTokens - 1) / kTokens * ((a.k_padded + 127) / 128);
-    launch_after(activation_static_kernel<T, F, O, kGated, kValues>, dim3((units + 3) / 4), dim3(128), 0, 1, stream, a);
+    const dim3 grid((a.m + kTokens - 1) / kTokens, (a.k_padded + 511) / 512);
+    launch_after(activation_static_kernel<T, F, O, kGated, kValues>, grid, dim3(128), 0, 1, stream, a);
   }
 }
 

@@ -32,6 +32,8 @@ static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
 static float __shfl_xor_sync(uint32_t, float v, int) { return v; }  // of functions that are not called
+static bool __all_sync(uint32_t, bool v) { return v; }
+static int __clz(uint32_t v) { return __builtin_clz(v); }
 template <typename T>
 static T __ldg(const T* p) {
   return *p;
@@ -76,7 +78,9 @@ static int wrong_results(std::mt19937& random, int m, int k_tiles) {
         q.v[i] = value_of(random() % 16);
         token[t * k + k0 + i] = q.v[i] * s;
       }
-      store_tiled8(tiled.data(), kTokens, k, t, k0, q, s);
+      Pairs<kValues> p = pack<__half>(q);
+      multiply<__half>(p, pack_pair<__half>(s, s));
+      store_tiled8(tiled.data(), kTokens, k, t, k0, p);
     }
 
   int wrong = 0;
