@@ -114,14 +114,6 @@ __device__ __forceinline__ float amax_of(const Chunk<kValues>& c) {
   return fmaxf(m[0], 0.0f);  // not a NaN, even if all are
 }
 
-// What round_e2m1_magnitude does, in parts: the power of two that decides the step, and rounding without an upper limit.
-__device__ __forceinline__ float power_under(float a) {
-  return __uint_as_float(__float_as_uint(fmaxf(a, 1.0f)) & 0x7F800000u);
-}
-__device__ __forceinline__ float round_under(float a, float power) {
-  return fmaf(power, -4194304.0f, fmaf(power, 4194304.0f, a));
-}
-
 // The squared error of a thread's part of a block, where one unit of what values were rounded to is worth `unit`. Added up 8
 // values at a time.
 template <int kValues>

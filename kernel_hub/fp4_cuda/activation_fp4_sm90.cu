@@ -248,7 +248,7 @@ void launch_chunks(const ActivationArgs& a, [[maybe_unused]] bool dynamic, cudaS
 
 template <typename T, Format F, Output O, bool kGated = false>
 void launch(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
-  constexpr int64_t kMany = 132 * 2048 * 8;  // values that fill the GPU, 8 a thread
+  constexpr int64_t kMany = 132 * 1024 * 8;  // values that half fill the GPU, 8 a thread
   if constexpr (O == Output::kRotated || O == Output::kTiled16 || O == Output::kTiled8) {  // a product waits for them
     if (static_cast<int64_t>(a.m) * a.k < kMany) return launch_chunks<T, F, O, kGated, 8>(a, dynamic, stream);
   }

@@ -138,14 +138,15 @@ void with_types(int operand, int format, const F& f) {
 }
 
 // ---- Rounding -------------------------------------------------------------------------------------------------------
-// |x| rounded to the E2M1 grid. Adding and subtracting 2^23 * step rounds to a multiple of step, ties to even; the step is
-// half the power of two under |x|, and at least 0.5.
-__device__ __forceinline__ float round_e2m1_magnitude(float a) {
-  const float power = __uint_as_float(__float_as_uint(fmaxf(a, 1.0f)) & 0x7F800000u);
-  return fminf(fmaf(power, -4194304.0f, fmaf(power, 4194304.0f, a)), 6.0f);
+// a >= 0 rounded to the E2M1 grid: adding and subtracting 2^23 * step rounds to a multiple of step, ties to even; the step is
+// half the power of two under a, and at least 0.5. In parts, the second of which has no upper limit.
+__device__ __forceinline__ float power_under(float a) {
+  return __uint_as_float(__float_as_uint(fmaxf(a, 1.0f)) & 0x7F800000u);
 }
-
-__device__ __forceinline__ float round_e2m1(float x) { return copysignf(round_e2m1_magnitude(fabsf(x)), x); }
+__device__ __forceinline__ float round_under(float a, float power) {
+  return fmaf(power, -4194304.0f, fmaf(power, 4194304.0f, a));
+}
+__device__ __forceinline__ float round_e2m1_magnitude(float a) { return fminf(round_under(a, power_under(a)), 6.0f); }
 
 // The 4-bit code of a value that is on the grid.
 __device__ __forceinline__ uint32_t code_of_e2m1(float v) {
