@@ -160,11 +160,20 @@ struct Linears {
     for (const Tensor& scale : row_scale) n += scale.numel();
     return n;
   }
+  void check() const {
+    for (const Tensor& p : packed) {
+      STD_TORCH_CHECK(p.dim() == 3, "weights of experts are for grouped_linear");
+      STD_TORCH_CHECK(format_of(p) == format_of(packed[0]) && p.size(-2) == packed[0].size(-2) &&
+                          p.get_device_index() == packed[0].get_device_index(),
+                      "linears with the same input must have weights of one format, in_features and device");
+    }
+  }
 };
 
 // Their problem, all but the tokens; `out` gets their outputs.
 fp4::GemmProblem gemm_problem(const Linears& linears, const Tensor& like, int64_t m, int64_t operand, bool out_is_bf16,
                               std::vector<Tensor>& out) {
+  linears.check();
   const std::vector<Tensor>& packed = linears.packed;
   fp4::GemmProblem p = {};
   p.parts = static_cast<int>(packed.size());
@@ -175,10 +184,6 @@ fp4::GemmProblem gemm_problem(const Linears& linears, const Tensor& like, int64_
   p.format = static_cast<int>(format_of(packed[0]));
   p.operand = kernel_operand(operand);
   for (size_t i = 0; i < packed.size(); ++i) {
-    STD_TORCH_CHECK(packed[i].dim() == 3, "weights of experts are for grouped_linear");
-    STD_TORCH_CHECK(format_of(packed[i]) == p.format && packed[i].size(-2) == p.k_tiles &&
-                        packed[i].get_device_index() == packed[0].get_device_index(),
-                    "linears with the same input must have weights of one format, in_features and device");
     fp4::GemmPart part = gemm_part(packed[i], linears.row_scale[i], linears.bias[i], out_is_bf16);
     out.push_back(new_tensor(like, {m, part.n}, output_type(out_is_bf16)));
     part.out = out.back().data_ptr();
@@ -306,14 +311,32 @@ std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::option
   return {tokens, token_scale};
 }
 
-// tokens: row-major E4M3 [M, K]. Accumulation in FP32: with use_fast_accum, sums of one sign lose their small addends.
-static Tensor library_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
-                           const std::optional<Tensor>& bias, int64_t m) {
-  const int64_t n = row_scale.numel(), k = tokens.numel() / m;
-  Tensor weight = new_tensor(packed, {n, k}, ScalarType::Float8_e4m3fn);
-  Tensor scale = new_tensor(packed, {n}, ScalarType::Float);
-  fp4::run_expand_e4m3(prepare_problem(packed, row_scale, n, k, kMxfp4), static_cast<uint8_t*>(weight.data_ptr()),
-                       static_cast<float*>(scale.data_ptr()), current_stream(packed));
+// One product for all of them, [M, sum of N]: several take longer. tokens: row-major E4M3 [M, K]. Accumulation in FP32: with
+// use_fast_accum, sums of one sign lose their small addends.
+static Tensor library_gemm(const Tensor& tokens, const Tensor& token_scale, const Linears& linears, int64_t m) {
+  linears.check();
+  const int64_t n = linears.rows(), k = tokens.numel() / m;
+  cudaStream_t stream = current_stream(tokens);
+  Tensor weight = new_tensor(tokens, {n, k}, ScalarType::Float8_e4m3fn), scale = new_tensor(tokens, {n}, ScalarType::Float);
+  std::optional<Tensor> bias;
+  for (const std::optional<Tensor>& b : linears.bias) {
+    if (b.has_value()) bias = new_tensor(tokens, {n}, ScalarType::BFloat16);
+  }
+  int64_t row = 0;
+  for (size_t i = 0; i < linears.packed.size(); ++i) {
+    const Tensor& packed = linears.packed[i];
+    const fp4::GemmPart part = gemm_part(packed, linears.row_scale[i], linears.bias[i], true);
+    fp4::run_expand_e4m3(prepare_problem(packed, linears.row_scale[i], part.n, k, kMxfp4),
+                         static_cast<uint8_t*>(weight.data_ptr()) + row * k, static_cast<float*>(scale.data_ptr()) + row, stream);
+    if (bias.has_value()) {
+      uint16_t* to = static_cast<uint16_t*>(bias->data_ptr()) + row;
+      const size_t bytes = part.n * sizeof(*to);
+      const cudaError_t error = part.bias != nullptr ? cudaMemcpyAsync(to, part.bias, bytes, cudaMemcpyDeviceToDevice, stream)
+                                                     : cudaMemsetAsync(to, 0, bytes, stream);
+      STD_TORCH_CHECK(error == cudaSuccess, "bias: ", cudaGetErrorString(error));
+    }
+    row += part.n;
+  }
   using torch::stable::detail::from;
   Tensor rows = torch::stable::view(tokens, {m, k}), token_column = torch::stable::view(token_scale, {m, 1});
   Tensor columns = torch::stable::transpose(weight, 0, 1), row_line = torch::stable::view(scale, {1, n});
@@ -329,6 +352,7 @@ static Tensor library_gemm(const Tensor& tokens, const Tensor& token_scale, cons
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// A tensor for each of them, or of the library's product one for all.
 static std::vector<Tensor> gemms(const Tensor& tokens, const Tensor& token_scale, const Linears& linears, int64_t m,
                                  int64_t operand, bool out_is_bf16, int64_t split) {
   const int64_t format = format_of(linears.packed[0]), k_tiles = linears.packed[0].size(-2);
@@ -341,14 +365,8 @@ static std::vector<Tensor> gemms(const Tensor& tokens, const Tensor& token_scale
   STD_TORCH_CHECK(operand < kE4m3 || format == kMxfp4, "E4M3 operands are for mxfp4 weights");
   STD_TORCH_CHECK(!library || out_is_bf16, "the library's product writes bf16 only");
   const DeviceGuard guard(tokens.get_device_index());
+  if (library) return {library_gemm(tokens, token_scale, linears, m)};
   std::vector<Tensor> out;
-  if (library) {
-    for (size_t i = 0; i < linears.packed.size(); ++i) {
-      gemm_part(linears.packed[i], linears.row_scale[i], linears.bias[i], out_is_bf16);  // checks
-      out.push_back(library_gemm(tokens, token_scale, linears.packed[i], linears.row_scale[i], linears.bias[i], m));
-    }
-    return out;
-  }
   fp4::GemmProblem p = gemm_problem(linears, tokens, m, operand, out_is_bf16, out);
   p.x = tokens.data_ptr();
   p.token_scale = token_scale.numel() > 0 ? static_cast<const float*>(token_scale.data_ptr()) : nullptr;
@@ -363,7 +381,7 @@ Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tens
   return gemms(tokens, token_scale, {{packed}, {row_scale}, {bias}}, m, operand, out_is_bf16, split)[0];
 }
 
-// One launch for all of them. Up to a few tokens, one altogether.
+// One launch for all of them. Up to a few tokens, one altogether. Returns what gemms does.
 std::vector<Tensor> prepared_linears(const Tensor& x, const std::vector<Tensor>& packed,
                                      const std::vector<Tensor>& row_scale,
                                      const std::vector<std::optional<Tensor>>& bias, const std::optional<Tensor>& global,

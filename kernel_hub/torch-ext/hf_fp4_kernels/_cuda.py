@@ -100,7 +100,10 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake(add_op_namespace_prefix("prepared_linears"))
     def _(x, packed, row_scale, bias, global_scale, operand, quantize, hadamard, rule):
-        return [x.new_empty((x.numel() // x.shape[-1], scale.shape[0])) for scale in row_scale]
+        m, rows = x.numel() // x.shape[-1], [scale.shape[0] for scale in row_scale]
+        if _operand_for(m, operand, x.dtype) == OPERANDS["e4m3_rows"]:
+            rows = [sum(rows)]
+        return [x.new_empty((m, n)) for n in rows]
 
     @torch.library.register_fake(add_op_namespace_prefix("grouped_linear"))
     def _(

@@ -110,9 +110,12 @@ def _cuda_gemm(prepared, packed, row_scale, bias):
 
 
 def _cuda_linears(x, q, packed, row_scale, bias):
-    return ops.prepared_linears(
+    results = ops.prepared_linears(
         x, packed, row_scale, bias, q.global_scale, OPERANDS[q.operand], q.quantize, q.hadamard, q.rule
     )
+    if len(results) == len(packed):
+        return results
+    return results[0].split([scale.shape[0] for scale in row_scale], -1)  # one product for all of them
 
 
 def _cuda_linear(x, q, packed, row_scale, bias):
@@ -492,7 +495,7 @@ def linears(
     take one launch for all.
 
     weights: what `prepare_weight` gave for each; biases: one for each. Others: as `linear`. Sums may be added up in another
-    order than `linear` has for one of the weights.
+    order than `linear` has for one of the weights. Results may be parts of the columns of one tensor.
     """
     packed, row_scale = ([weight[i] for weight in weights] for i in (0, 1))
     format = _format_of_packed(packed[0], row_scale[0], x.shape[-1])
