@@ -176,9 +176,11 @@ __global__ void __launch_bounds__(128) activation_static_kernel(const Activation
 
 // One block per token: the first pass finds the token's largest rotated value, the second quantizes under it. A thread's
 // first chunks stay in registers in between.
+template <Format F, int kValues>
+constexpr int kMostThreads = F == Format::kNvfp4 && kValues == 16 ? 384 : 512;  // which need more registers
+
 template <typename T, Format F, Output O, bool kGated, int kValues>
-__global__ void __launch_bounds__(512, F == Format::kNvfp4 && kValues == 16 ? 1 : 2)
-    activation_dynamic_kernel(const ActivationArgs a) {
+__global__ void __launch_bounds__((kMostThreads<F, kValues>), 2) activation_dynamic_kernel(const ActivationArgs a) {
   wait_and_launch(a);
   constexpr int kHeld = 32 / kValues;
   __shared__ float warp_max[16];
@@ -235,7 +237,8 @@ void launch_chunks(const ActivationArgs& a, [[maybe_unused]] bool dynamic, cudaS
   if constexpr (kE4m3 || kEither) {
     if (kE4m3 || dynamic) {
       const int chunks = a.k_padded / kValues;
-      const int threads = chunks >= 512 ? 512 : chunks > 128 ? 256 : 128;
+      constexpr int kMost = kMostThreads<F, kValues>;
+      const int threads = chunks >= kMost ? kMost : chunks > 128 ? 256 : 128;
       return launch_after(activation_dynamic_kernel<T, F, O, kGated, kValues>, dim3(a.m), dim3(threads), 0, 1, stream, a);
     }
   }

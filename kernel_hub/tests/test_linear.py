@@ -437,6 +437,38 @@ def test_graph_and_streams(kernels, mode, m):
     assert all(torch.equal(o, y) for o in outs)
 
 
+@pytest.mark.parametrize("m, n, k", [(100, 640, 4096), (100, 17024, 320), (300, 17024, 448)])
+def test_streamed_sums_in_graphs_and_on_streams(kernels, m, n, k):
+    """Blocks that hand sums on: a replayed graph, and products at the same time, which have sums of their own."""
+    if kernels.backend_of(torch.get_default_device()) != "cuda":
+        pytest.skip("CUDA kernels only")
+    mode = Mode("nvfp4", "bf16", None)
+    x, weight, bias, _ = make(Shape(m, n, k), mode)
+    prepared = kernels.prepare_weight(*weight)
+    tokens = kernels.prepare_activation(x, format="nvfp4", activations="bf16")
+
+    def streamed():
+        return product(kernels, tokens, prepared, bias, m, x.dtype, 9)
+
+    y = streamed()
+    check(y, x, weight, bias, mode, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [streamed(), streamed()]
+    for _ in range(5):
+        for out in captured:
+            out.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(out, y) for out in captured)
+    torch.cuda.synchronize()
+    streams, outs = [torch.cuda.Stream() for _ in range(4)], []
+    for i in range(32):
+        with torch.cuda.stream(streams[i % 4]):
+            outs.append(streamed())
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, y) for out in outs)
+
+
 @pytest.mark.parametrize("mode", [MODES[2], MODES[8]], ids=lambda m: m.id)
 def test_compile_fullgraph(kernels, mode):
     x, weight, bias, g = make(Shape(9, 256, 512), mode)
@@ -446,6 +478,19 @@ def test_compile_fullgraph(kernels, mode):
         return call(kernels, x, prepared, bias, mode, g) * 2
 
     assert torch.equal(torch.compile(two, fullgraph=True, backend="aot_eager")(x), two(x))
+
+
+def test_compile_linears_of_many_tokens(kernels):
+    """Where one product is made for all of them, of whose columns results are parts."""
+    mode = Mode("mxfp4", "fp4", 32)
+    x, weight, bias, _ = make(Shape(2100, 144, 128), mode)
+    prepared = kernels.prepare_weight(*weight)
+
+    def both(x):
+        gate, up = kernels.linears(x, [prepared] * 2, [bias, None], activations="fp4", hadamard=32)
+        return gate * up
+
+    assert torch.equal(torch.compile(both, fullgraph=True, backend="aot_eager")(x), both(x))
 
 
 def test_errors_say_what_to_do(kernels):
