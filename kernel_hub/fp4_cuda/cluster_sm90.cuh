@@ -163,8 +163,8 @@ struct Room {
 
 // How K is divided: over so many blocks of a cluster, or kStreamed. By the shortest estimated time. A tile of k takes as long as
 // the slowest of three: what comes from memory, the tensor cores, and the latency of one step. They are fitted, only their
-// ratios count, and they are not those of the hardware: what is chosen under them takes 0.3 % longer on average than the best of
-// what an H200 took, with 32 to 1024 tokens and nine sizes of matrices.
+// ratios count, and they are not those of the hardware: under them the choices are nearly the best of what an H200 took for 32 to
+// 1024 tokens and nine sizes of matrices (sweep_variants.py).
 inline int choose_split(const Room& room, const BlockCost& block, bool can_stream, int token_blocks, int row_blocks,
                         int k_tiles) {
   constexpr float kMemory = 1000, kPeers = 1800;                       // bytes per ns

@@ -338,6 +338,7 @@ __device__ __forceinline__ void take_over(const Exchange& exchange, int block, f
   }
 }
 
+// What the messenger does.
 template <class T>
 __device__ __forceinline__ void carry_messages(const Exchange& exchange, const Work<T>& work) {
   const bool speaks = threadIdx.x % 32 == 0;
