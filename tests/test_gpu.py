@@ -313,7 +313,7 @@ def test_moving_to_the_cpu_and_back(weight_only_model):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_model_over_two_gpus(original):
+def test_a_model_over_two_gpus(original, tmp_path):
     places = {
         "model.embed_tokens": 0,
         "model.layers.0": 0,
@@ -322,10 +322,13 @@ def test_a_model_over_two_gpus(original):
         "model.rotary_emb": 0,
         "lm_head": 1,
     }
-    model = quantize(original, device=places)
+    with pytest.raises(ValueError, match="spread the model over several GPUs"):
+        quantize(original, device=places)
+    one = quantize(original)
+    one.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
     assert {layer.weight.device.index for layer in layers_of(model)} == {0, 1}
     assert use_kernels(model, SOURCE)
     ids = tiny_tokens().cuda()
     with torch.no_grad():
-        error = relative_error(model(ids).logits.cpu(), quantize(original)(ids).logits.cpu())
-    assert error < 0.03
+        assert relative_error(model(ids).logits.cpu(), one(ids).logits.cpu()) < 0.03

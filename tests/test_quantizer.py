@@ -489,6 +489,15 @@ def test_a_model_in_cpu_memory_is_calibrated_on_the_gpu(gpu, places, expected, m
     )
 
 
+def test_calibration_over_several_gpus_is_refused(monkeypatch):
+    blocks = [torch.nn.Linear(2, 2) for _ in range(3)]
+    places = dict(zip(blocks, map(torch.device, ("cuda:0", "cuda:1", "cpu")), strict=True))
+    monkeypatch.setattr(driver, "block_device", places.get)
+    driver._require_one_gpu(blocks[1:])
+    with pytest.raises(ValueError, match=r'over several GPUs \(cuda:0, cuda:1\).*device_map="cpu"'):
+        driver._require_one_gpu(blocks)
+
+
 def test_a_spread_model_has_its_calibration_devices():
     block = torch.nn.Linear(2, 2)
     block._hf_hook = object()

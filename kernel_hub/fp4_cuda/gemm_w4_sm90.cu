@@ -416,7 +416,9 @@ __device__ __forceinline__ void write_rows(const GemmArgs& args, const GemmPart&
     for (int i = 0; i < S::kAtOnce; i += 16) {
       const int token = first + i + writer;
       const uint4 rows = load_shared16(buffer + (i + writer) * S::kStride + piece * 16);
-      if (token < tokens && n0 + piece * 8 < part.n) __stcg(reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * part.n), rows);
+      if (token < tokens && n0 + piece * 8 < part.n) {
+        __stcg(reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * part.n), rows);
+      }
     }
   }
 }
