@@ -38,10 +38,7 @@ def quantized(model: str, target: Path, rows: list[dict[str, torch.Tensor]]) -> 
         format="nvfp4", dataset=tokens, num_samples=len(tokens), sequence_length=len(tokens[0])
     )
     AutoModelForCausalLM.from_pretrained(
-        model,
-        dtype=torch.bfloat16,
-        device_map="cuda" if torch.cuda.is_available() else "cpu",
-        quantization_config=config,
+        model, dtype=torch.bfloat16, device_map="auto", quantization_config=config
     ).save_pretrained(target)
     AutoTokenizer.from_pretrained(model).save_pretrained(target)
     return str(target)

@@ -45,10 +45,7 @@ def main() -> None:
         work_dir=args.output / "blocks",
     )
     model = AutoModelForCausalLM.from_pretrained(
-        args.model,
-        dtype=torch.bfloat16,
-        device_map="cuda" if torch.cuda.is_available() else "cpu",
-        quantization_config=config,
+        args.model, dtype=torch.bfloat16, device_map="auto", quantization_config=config
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model.save_pretrained(args.output / "model")

@@ -43,10 +43,7 @@ def main() -> None:
         sequence_length=args.sequence_length,
     )
     model = AutoModelForCausalLM.from_pretrained(
-        args.model,
-        dtype=torch.bfloat16,
-        device_map="cuda" if torch.cuda.is_available() else "cpu",
-        quantization_config=config,
+        args.model, dtype=torch.bfloat16, device_map="auto", quantization_config=config
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     saved = args.output / "model"
