@@ -320,13 +320,6 @@ __device__ __forceinline__ float quantize_nvfp4(const Chunk<kValues>& c, float g
   copy_signs(c, q);
   return s;
 }
-template <int kValues>
-__device__ __forceinline__ uint32_t quantize_nvfp4(const Chunk<kValues>& c, float global, ScaleRule rule, Chunk<kValues>& q) {
-  Pairs<kValues> pairs;
-  const float s = quantize_nvfp4(c, global, rule, pairs);
-  q = unpack<__nv_bfloat16>(pairs);
-  return encode_block_scale(s);
-}
 
 // A token's divisor: the power of two that takes its largest value to at most 256 * 6, so that multiplying by it is exact.
 __device__ __forceinline__ float token_range(float amax) {
@@ -376,16 +369,23 @@ __device__ __forceinline__ int quantize_mxfp4(const Chunk<kValues>& c, ScaleRule
   copy_signs(c, q);
   return e;
 }
-template <int kValues>
-__device__ __forceinline__ int quantize_mxfp4(const Chunk<kValues>& c, ScaleRule rule, Chunk<kValues>& q) {
-  Pairs<kValues> pairs;
-  bool raised;
-  const int e = quantize_mxfp4<__nv_bfloat16>(c, rule, pairs, raised);
-  q = unpack<__nv_bfloat16>(pairs);
-  return e;
+
+// The bf16 values that a block's stand for once they are quantized, without an nvfp4 token's `global`.
+template <Format F, int kValues>
+__device__ __forceinline__ Pairs<kValues> quantized_values(const Chunk<kValues>& c, float global, ScaleRule rule) {
+  Pairs<kValues> q;
+  float s;
+  if constexpr (F == Format::kNvfp4) {
+    s = quantize_nvfp4(c, global, rule, q);
+  } else {
+    bool raised;  // of no interest: q is what 2^e multiplies
+    s = exp2_int(quantize_mxfp4<__nv_bfloat16>(c, rule, q, raised));
+  }
+  multiply<__nv_bfloat16>(q, pack_pair<__nv_bfloat16>(s, s));
+  return q;
 }
 
-// Values, times s, into the layout of gemv_w4_mma.cu for up to 8 tokens: `block` is the 64-block of k0, 8 pieces of 16 bytes
+// 16-bit values into the layout of gemv_w4_mma.cu for up to 8 tokens: `block` is the 64-block of k0, 8 pieces of 16 bytes
 // a token.
 template <int kValues>
 __device__ __forceinline__ void store_natural(uint4* block, uint32_t token, uint32_t k0, const Pairs<kValues>& p) {
@@ -393,12 +393,6 @@ __device__ __forceinline__ void store_natural(uint4* block, uint32_t token, uint
   for (int i = 0; i < kValues / 8; ++i)
     block[token * 8 + ((k0 / 8 + i) % 2 ^ (token & 1)) * 4 + k0 / 16 % 4] =
         make_uint4(p.v[4 * i], p.v[4 * i + 1], p.v[4 * i + 2], p.v[4 * i + 3]);
-}
-template <typename T, int kValues>
-__device__ __forceinline__ void store_natural(uint4* block, int token, int k0, const Chunk<kValues>& q, float s) {
-  Pairs<kValues> p = pack<T>(q);
-  multiply<T>(p, pack_pair<T>(s, s));
-  store_natural(block, token, k0, p);
 }
 
 // E4M3 bytes of a pair of fp16 values.

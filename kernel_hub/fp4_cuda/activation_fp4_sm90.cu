@@ -118,26 +118,29 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
     if (store) store_tiled16(a, token, k0, pack<T>(c));
   } else if constexpr (O == Output::kRotatedPlain) {
     if (store) store_plain(a, token, k0, pack<T>(c));
+  } else if constexpr (O == Output::kTiled16 || O == Output::kPlain) {
+    const Pairs<kValues> values = quantized_values<F>(c, global, a.rule);
+    if (!store) return;
+    if constexpr (O == Output::kTiled16) store_tiled16(a, token, k0, values);
+    else store_plain(a, token, k0, values);
   } else if constexpr (F == Format::kNvfp4) {
     Pairs<kValues> q;
     const float s = quantize_nvfp4(c, global, a.rule, q);
-    if (!store) return;
-    if constexpr (O == Output::kPacked) {
-      if (k0 >= a.k) return;
-      store_packed(a, token, k0, q);
-      if (k0 % 16 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 16] = encode_block_scale(s);
-    } else {
-      multiply<__nv_bfloat16>(q, pack_pair<__nv_bfloat16>(s, s));
-      if constexpr (O == Output::kTiled16) store_tiled16(a, token, k0, q);
-      if constexpr (O == Output::kPlain) store_plain(a, token, k0, q);
-    }
+    if (!store || k0 >= a.k) return;
+    store_packed(a, token, k0, q);
+    if (k0 % 16 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 16] = encode_block_scale(s);
   } else {
-    constexpr bool kE4m3 = O == Output::kTiled8 || O == Output::kRows8;
+    constexpr bool kPacked = O == Output::kPacked;
     Pairs<kValues> q;
     bool raised;
-    const int e = quantize_mxfp4<std::conditional_t<kE4m3, __half, __nv_bfloat16>>(c, a.rule, q, raised);
+    const int e = quantize_mxfp4<std::conditional_t<kPacked, __nv_bfloat16, __half>>(c, a.rule, q, raised);
     if (!store) return;
-    if constexpr (kE4m3) {
+    if constexpr (kPacked) {
+      if (k0 >= a.k) return;
+      if (raised) multiply<__nv_bfloat16>(q, pack_pair<__nv_bfloat16>(0.5f, 0.5f));
+      store_packed(a, token, k0, q);
+      if (k0 % 32 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 32] = e + raised + 127;
+    } else {
       // Under 2^-13 all are zero in E4M3, and fp16 has its least power of two that is not subnormal.
       multiply<__half>(q, static_cast<uint32_t>(max(e - token_exponent, -14) + 15) * 0x04000400u);
       if constexpr (O == Output::kTiled8) {
@@ -145,15 +148,6 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
       } else {
         if (k0 < a.k) store_rows8(a, token, k0, q);
       }
-    } else if constexpr (O == Output::kPacked) {
-      if (k0 >= a.k) return;
-      if (raised) multiply<__nv_bfloat16>(q, pack_pair<__nv_bfloat16>(0.5f, 0.5f));
-      store_packed(a, token, k0, q);
-      if (k0 % 32 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 32] = e + raised + 127;
-    } else {
-      multiply<__nv_bfloat16>(q, pack_pair<__nv_bfloat16>(exp2_int(e), exp2_int(e)));
-      if constexpr (O == Output::kTiled16) store_tiled16(a, token, k0, q);
-      if constexpr (O == Output::kPlain) store_plain(a, token, k0, q);
     }
   }
 }

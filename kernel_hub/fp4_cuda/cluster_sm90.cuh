@@ -151,7 +151,7 @@ ClusterCounts count_clusters(Kernel kernel, int threads, int smem) {
 struct BlockCost {
   int weights, sums;
   float math_ns;
-  int per_sm;  // blocks of a multiprocessor
+  int per_sm;  // blocks of a multiprocessor; one that is alone there does several segments, and can stream K
 };
 
 // Clusters that fit at once, several of their blocks on a multiprocessor where the kernel allows it, and one. Work for which
@@ -163,10 +163,9 @@ struct Room {
 
 // How K is divided: over so many blocks of a cluster, or kStreamed. By the shortest estimated time. A tile of k takes as long as
 // the slowest of three: what comes from memory, the tensor cores, and the latency of one step. They are fitted, only their
-// ratios count, and they are not those of the hardware: under them the choices are nearly the best of what an H200 took for 32 to
-// 1024 tokens and nine sizes of matrices (sweep_variants.py).
-inline int choose_split(const Room& room, const BlockCost& block, bool can_stream, int token_blocks, int row_blocks,
-                        int k_tiles) {
+// ratios count, and they are not those of the hardware: under them the choices are nearly the best of what an H200 took
+// (sweep_variants.py).
+inline int choose_split(const Room& room, const BlockCost& block, int token_blocks, int row_blocks, int k_tiles) {
   constexpr float kMemory = 1000, kPeers = 1800;                       // bytes per ns
   constexpr float kStep = 390, kStart = 330, kAdd = 850, kHand = 780;  // ns
   const int items = token_blocks * row_blocks;
@@ -186,11 +185,11 @@ inline int choose_split(const Room& room, const BlockCost& block, bool can_strea
     const float add = split > 1 ? kAdd + blocks * static_cast<float>(block.sums) / kPeers : 0.0f;
     consider(split, rounds * (tiles * tile_ns(blocks, items <= room.alone[split] ? 1 : block.per_sm) + kStart + add));
   }
-  if (can_stream) {
+  if (block.per_sm == 1) {
     const int blocks = room.shared[1];
     const float share = static_cast<float>(items) / blocks;       // of a block, in items
     const float links = std::max(1.0f, std::ceil(1 / share) - 1);  // blocks that an item goes through after the first
-    consider(kStreamed, share * k_tiles * tile_ns(blocks, block.per_sm) + kStart * (std::ceil(share) + 1) +
+    consider(kStreamed, share * k_tiles * tile_ns(blocks, 1) + kStart * (std::ceil(share) + 1) +
                             links * (kHand + blocks * static_cast<float>(block.sums) / kPeers));
   }
   return best;
@@ -205,14 +204,14 @@ inline uint64_t new_ticket() {
   return v ^ (v >> 31);
 }
 
-// many_segments: where K is not divided and there are more items than fit on the GPU, the grid is of those blocks that fit, and
-// each of them does several one after the other. Such kernels can also stream K.
+// Where blocks do several segments, K is not divided and there are more items than fit on the GPU, the grid is of those blocks
+// that fit, and each of them does several one after the other.
 template <typename Kernel>
 void launch_divided(Kernel kernel, const Room& room, const BlockCost& cost, int rows, int tokens, int threads, int smem,
-                    Operand operand, Format format, bool many_segments, const GemmProblem& p, const Allocate& allocate,
-                    cudaStream_t stream) {
+                    Operand operand, Format format, const GemmProblem& p, const Allocate& allocate, cudaStream_t stream) {
+  const bool many_segments = cost.per_sm == 1;
   const int token_blocks = (p.m + tokens - 1) / tokens, row_blocks = row_blocks_of(p, rows), items = token_blocks * row_blocks;
-  const int split = p.split > 0 ? p.split : choose_split(room, cost, many_segments, token_blocks, row_blocks, p.k_tiles);
+  const int split = p.split > 0 ? p.split : choose_split(room, cost, token_blocks, row_blocks, p.k_tiles);
   const bool streamed = split == kStreamed && many_segments;
   if (!streamed && (split > kMostBlocks || room.shared[split] == 0)) {
     throw std::runtime_error("split: no such division of the work, " + std::to_string(split));
@@ -220,7 +219,7 @@ void launch_divided(Kernel kernel, const Room& room, const BlockCost& cost, int 
   GemmArgs args{p, factor_of(operand, format), items, 0, {}};
   dim3 grid(split, items);
   if (streamed) {
-    const int blocks = std::min(room.shared[1], items * ((p.k_tiles + 1) / 2));  // a stage at least, of two tiles at most, for each
+    const int blocks = std::min(room.shared[1], items * ((p.k_tiles + 1) / 2));  // a stage for each, of at most two tiles
     grid = dim3(1, blocks);
     args.streamed = items < blocks ? items : items % blocks == 0 ? 0 : items % blocks + blocks;
     const int64_t sums = static_cast<int64_t>(blocks) * rows * tokens / 4;

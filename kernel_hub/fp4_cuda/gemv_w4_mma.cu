@@ -77,15 +77,10 @@ __device__ __forceinline__ void prepare_tokens(const GemvArgs& args, float globa
     Chunk<kValues> c = p.out_is_bf16 ? load_chunk<kValues>(static_cast<const __nv_bfloat16*>(f.x) + at, valid)
                                      : load_chunk<kValues>(static_cast<const __half*>(f.x) + at, valid);
     rotate(c, f.hadamard);
-    float s = 1.0f;
-    if (kOperand == Operand::kBf16 && f.quantize) {
-      Chunk<kValues> q;
-      const ScaleRule rule = static_cast<ScaleRule>(f.rule);
-      if constexpr (kFormat == Format::kNvfp4) s = e4m3_to_float(quantize_nvfp4(c, global, rule, q));
-      else s = exp2_int(quantize_mxfp4(c, rule, q));
-      c = q;
-    }
-    if (token < p.m && k0 < p.k_tiles * 64) store_natural<Token>(out + k0 / 64 * p.m * 8, token, k0, c, s);
+    const Pairs<kValues> values = kOperand == Operand::kBf16 && f.quantize
+                                      ? quantized_values<kFormat>(c, global, static_cast<ScaleRule>(f.rule))
+                                      : pack<Token>(c);
+    if (token < p.m && k0 < p.k_tiles * 64) store_natural(out + k0 / 64 * p.m * 8, token, k0, values);
   }
   __syncthreads();
 }
