@@ -12,7 +12,7 @@ from importlib import metadata
 
 import torch
 
-from .backends import BACKENDS, DEVICE_BACKENDS, Kernels, KernelSource, select
+from .backends import BACKENDS, DEVICE_BACKENDS, Kernels, KernelSource, device_context, select
 from .formats import FP4Format
 from .gptq import round_weight
 from .layers.linear import FP4Linear
@@ -240,7 +240,7 @@ def check_linear(source: KernelSource, device: torch.device, fmt: FP4Format, qua
         with torch.no_grad():
             layer, x = _problem(fmt, quantizes)
             expected = layer(x.float())
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            with device_context(device):
                 layer.to(device)
                 layer.use_kernels(source)
                 results = [layer(part.to(device)).to("cpu") for part in (x[:1], x)]

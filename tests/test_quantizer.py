@@ -505,13 +505,17 @@ def test_a_model_that_is_calibrated_fills_one_gpu(method, memory, expected, monk
     assert quantizer.adjust_max_memory(memory) == expected
 
 
-def test_calibration_over_several_gpus_is_refused(monkeypatch):
+def test_calibration_over_several_gpus_is_refused(zoo, monkeypatch):
     blocks = [torch.nn.Linear(2, 2) for _ in range(3)]
     places = dict(zip(blocks, map(torch.device, ("cuda:0", "cuda:1", "cpu")), strict=True))
     monkeypatch.setattr(driver, "block_device", places.get)
     driver._require_one_gpu(blocks[1:])
     with pytest.raises(ValueError, match=r'over several GPUs \(cuda:0, cuda:1\).*device_map="cpu"'):
         driver._require_one_gpu(blocks)
+    spread = map(torch.device, ("cuda:0", "cuda:1"))
+    monkeypatch.setattr(driver, "block_device", lambda block: next(spread))
+    with pytest.raises(ValueError, match="over several GPUs"):
+        quantize(zoo("llama"))
 
 
 def test_a_spread_model_has_its_calibration_devices():

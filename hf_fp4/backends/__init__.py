@@ -7,6 +7,7 @@ from .hub import REFERENCE as REFERENCE
 from .hub import Kernels as Kernels
 from .hub import KernelSource as KernelSource
 from .hub import describe as describe
+from .hub import device_context as device_context
 from .hub import fake_quantize as fake_quantize
 from .hub import fake_quantizes as fake_quantizes
 from .hub import input_arguments as input_arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -119,6 +120,11 @@ def _load(source: KernelSource, device_type: str) -> ModuleType:
         trust_remote_code=source.trust,
         check_arch=False,
     )
+
+
+def device_context(device: torch.device) -> AbstractContextManager:
+    """Context in which ``device``, if it is a GPU, is the current one: for what does not ask where its tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def describe(found: Kernels, source: KernelSource) -> str:

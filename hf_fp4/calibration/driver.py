@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..backends import device_context
 from ..config import MRGPTQConfig
 from ..layers.linear import FP4Linear
 from ..layers.replace import (
@@ -169,7 +170,7 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
     )
     with bar, sdpa_kernel(_ATTENTION), ThreadPoolExecutor(2 * len(batches), "calibration") as threads:
         for index, name in enumerate(blocks.names):
-            with _moved(blocks.modules[index], device), _current(block_device(blocks.modules[index])):
+            with _moved(blocks.modules[index], device), device_context(block_device(blocks.modules[index])):
                 outlets = plans[index].outlets
                 block = _Block(
                     blocks.modules[index], name, index, groups[index], outlets, config, threads, team
@@ -402,11 +403,6 @@ def _require_one_gpu(blocks: list[nn.Module]) -> None:
             'with device_map="cpu", from where blocks are brought to one GPU one after the other, or onto one GPU with '
             'device_map="cuda". The saved checkpoint may then be loaded over several'
         )
-
-
-def _current(device: torch.device) -> AbstractContextManager:
-    """Context in which what does not ask where its tensors are runs on ``device`` too."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
