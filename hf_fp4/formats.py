@@ -57,8 +57,8 @@ class FP4Format(str, enum.Enum):
         """
         if self is FP4Format.NVFP4:
             return scale.float().clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
-        _, exponent = torch.frexp(scale.float().clamp(2.0**-127, 2.0**127))
-        return (exponent - 1 + 127).clamp(0, 254).to(torch.uint8)
+        bits = scale.float().clamp(2.0**-127, 2.0**127).view(torch.int32)
+        return (bits >> 23).to(torch.uint8)  # a float32's exponent is stored as E8M0's
 
     def decode_scale(self, scale: torch.Tensor) -> torch.Tensor:
         """Stored scales -> float32, exactly. E8M0 byte 255 and the E4M3 NaN codes become NaN."""

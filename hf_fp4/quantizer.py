@@ -91,20 +91,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self.quantization_config.modules = self.quantization_config.calibration = None
 
-    @property
-    def _calibrates(self) -> bool:
-        return not self.pre_quantized and self.quantization_config.needs_calibration
-
     # --- before the weights are read
-
-    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
-        """What ``device_map="auto"`` may fill: of several GPUs only the current one, since all blocks are calibrated on one."""
-        gpus = [place for place in max_memory if isinstance(place, int)]
-        if len(gpus) < 2 or not self._calibrates:
-            return max_memory
-        gpu = torch.cuda.current_device()  # its share is what balances the model over all
-        others = {place: size for place, size in max_memory.items() if place not in gpus}
-        return {gpu: torch.cuda.mem_get_info(gpu)[0], **others}
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
@@ -112,8 +99,9 @@ class MRGPTQHfQuantizer(HfQuantizer):
             raise ValueError(
                 'a model on the meta device has no weights to quantize; load it with device_map=None, "cpu" or "cuda"'
             )
-        self._streams = self._calibrates and places == {"disk"}
-        if self._calibrates and "disk" in map(str, places) and not self._streams:
+        calibrates = not self.pre_quantized and self.quantization_config.needs_calibration
+        self._streams = calibrates and places == {"disk"}
+        if calibrates and "disk" in map(str, places) and not self._streams:
             raise ValueError(
                 "calibration needs the weights in memory, and device_map puts some on disk; use device_map=None, or "
                 'device_map={"": "disk"}, which reads one block at a time'

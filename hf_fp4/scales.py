@@ -151,8 +151,10 @@ def inverse_step(scale: torch.Tensor, fmt: FP4Format, global_scale: torch.Tensor
 
 
 def _power_of_two_below(target: float, absmax: torch.Tensor) -> torch.Tensor:
-    _, exponent = torch.frexp(target / absmax.float().clamp_min(2.0**-100))
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), (exponent - 1).clamp(-100, 100))
+    """The largest power of two, from 2**-100 to 2**100, that is not over ``target / absmax``."""
+    quotient = target / absmax.float().clamp_min(2.0**-100)
+    exponent_bits = quotient.view(torch.int32) & 0x7F800000
+    return exponent_bits.view(torch.float32).clamp(2.0**-100, 2.0**100)
 
 
 def _steps_of(fmt: FP4Format) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_zoo import tiny_tokens
+from test_team import alone, require_equal_reports, run_together
 from tolerances import FLOOR, relative_error
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +27,7 @@ from transformers import (
 from hf_fp4 import MRGPTQConfig
 from hf_fp4.backends import KernelSource, hub, select
 from hf_fp4.layers.experts import experts_in
-from hf_fp4.layers.linear import FP4Linear, use_kernels
+from hf_fp4.layers.linear import FP4Linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 BUILD = Path(__file__).parents[1] / "kernel_hub" / "build"
@@ -60,7 +61,7 @@ def original(tmp_path_factory) -> Path:
     return directory
 
 
-def quantize(original: Path, device: str = "cuda", **fields) -> LlamaForCausalLM:
+def quantize(original: Path, device: str | dict[str, int] = "cuda", **fields) -> LlamaForCausalLM:
     data = {"dataset": list(tiny_tokens(16, 64, seed=1)), "num_samples": 16, "sequence_length": 64}
     return AutoModelForCausalLM.from_pretrained(
         original, dtype=torch.bfloat16, device_map=device, quantization_config=MRGPTQConfig(**data, **fields)
@@ -312,23 +313,53 @@ def test_moving_to_the_cpu_and_back(weight_only_model):
         assert torch.equal(other(ids).logits, expected)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_model_over_two_gpus(original, tmp_path):
-    places = {
-        "model.embed_tokens": 0,
-        "model.layers.0": 0,
-        "model.layers.1": 1,
-        "model.norm": 1,
-        "model.rotary_emb": 0,
-        "lm_head": 1,
-    }
-    with pytest.raises(ValueError, match="spread the model over several GPUs"):
-        quantize(original, device=places)
-    one = quantize(original)
-    one.save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
-    assert {layer.weight.device.index for layer in layers_of(model)} == {0, 1}
-    assert use_kernels(model, SOURCE)
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().contiguous().view(torch.uint8)
+
+
+OVER_TWO = {
+    "model.embed_tokens": 0,
+    "model.layers.0": 0,
+    "model.layers.1": 1,
+    "model.norm": 1,
+    "model.rotary_emb": 0,
+    "lm_head": 1,
+}
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("places", [{"": 1}, OVER_TWO], ids=["second", "over-two"])
+@pytest.mark.parametrize("method", ["mr-gptq", "rtn"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_another_gpu_than_the_current_one_makes_the_same(original, format, method, places, tmp_path):
+    expected, model = (
+        quantize(original, device, format=format, method=method) for device in ("cuda", places)
+    )
+    expected.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
+    with torch.no_grad():
+        wanted = expected(tiny_tokens().cuda()).logits.cpu()
+        for other in (model, loaded):
+            assert {layer.weight.device.index for layer in layers_of(other)} == set(places.values())
+            for name, tensor in expected.state_dict().items():
+                assert torch.equal(bytes_of(other.state_dict()[name]), bytes_of(tensor)), name
+            assert torch.equal(other(tiny_tokens().to(other.device)).logits.cpu(), wanted)
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("format", FORMATS)
+def test_two_processes_make_what_one_makes(original, format, tmp_path):
+    """Other codes, since moments are added up in another order, and as good ones."""
+    run_together(2, original, tmp_path, on_gpus=True, format=format)
+    files = [tmp_path / f"{rank}.safetensors" for rank in (0, 1)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    one = alone(original, torch.bfloat16, "cuda", format=format)
+    require_equal_reports(tmp_path, one)
+    two = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cuda")
+    unquantized = AutoModelForCausalLM.from_pretrained(original, device_map="cuda")
     ids = tiny_tokens().cuda()
     with torch.no_grad():
-        assert relative_error(model(ids).logits.cpu(), one(ids).logits.cpu()) < 0.03
+        wanted = unquantized(ids).logits
+        errors = [relative_error(model(ids).logits, wanted) for model in (one, two)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)

@@ -34,7 +34,6 @@ from hf_fp4.calibration.capture import Outlet
 from hf_fp4.calibration.group import Group
 from hf_fp4.formats import FP4Format
 from hf_fp4.gptq import round_weight
-from hf_fp4.quantizer import MRGPTQHfQuantizer
 from hf_fp4.rotation import rotate
 from hf_fp4.scales import FUSED_LINEARS, weight_global_scale, weight_scales
 
@@ -488,34 +487,6 @@ def test_a_model_in_cpu_memory_is_calibrated_on_the_gpu(gpu, places, expected, m
     assert driver._calibration_device(MRGPTQConfig(calibration_device="cuda:1"), blocks) == torch.device(
         "cuda:1"
     )
-
-
-@pytest.mark.parametrize(
-    ("method", "memory", "expected"),
-    [
-        ("mr-gptq", {0: 5, 1: 5, "cpu": 9}, {1: 80, "cpu": 9}),
-        ("mr-gptq", {0: 5, "cpu": 9}, {0: 5, "cpu": 9}),
-        ("rtn", {0: 5, 1: 5, "cpu": 9}, {0: 5, 1: 5, "cpu": 9}),
-    ],
-)
-def test_a_model_that_is_calibrated_fills_one_gpu(method, memory, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80, 90))
-    quantizer = MRGPTQHfQuantizer(MRGPTQConfig(method=method), pre_quantized=False)
-    assert quantizer.adjust_max_memory(memory) == expected
-
-
-def test_calibration_over_several_gpus_is_refused(zoo, monkeypatch):
-    blocks = [torch.nn.Linear(2, 2) for _ in range(3)]
-    places = dict(zip(blocks, map(torch.device, ("cuda:0", "cuda:1", "cpu")), strict=True))
-    monkeypatch.setattr(driver, "block_device", places.get)
-    driver._require_one_gpu(blocks[1:])
-    with pytest.raises(ValueError, match=r'over several GPUs \(cuda:0, cuda:1\).*device_map="cpu"'):
-        driver._require_one_gpu(blocks)
-    spread = map(torch.device, ("cuda:0", "cuda:1"))
-    monkeypatch.setattr(driver, "block_device", lambda block: next(spread))
-    with pytest.raises(ValueError, match="over several GPUs"):
-        quantize(zoo("llama"))
 
 
 def test_a_spread_model_has_its_calibration_devices():

@@ -28,27 +28,30 @@ import hf_fp4
 from hf_fp4 import MRGPTQConfig
 
 original, out, fields = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-if "RANK" in os.environ:
-    dist.init_process_group("gloo")
-rank = os.environ.get("RANK", "alone")
+on_gpus = fields.pop("on_gpus", False)
+if on_gpus:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+rank = os.environ["RANK"]
 ids = torch.randint(4, 200, (12, 40), generator=torch.Generator().manual_seed(3))
 if fields.pop("differ", False) and rank == "1":
     ids = ids.flip(0)
 config = MRGPTQConfig(dataset=list(ids), num_samples=12, sequence_length=40, batch_size=2, **fields)
 try:
-    model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32, quantization_config=config)
+    place = {"dtype": torch.bfloat16, "device_map": "cuda"} if on_gpus else {"dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(original, quantization_config=config, **place)
     save_file({k: v.clone() for k, v in model.state_dict().items()}, f"{out}/{rank}.safetensors")
+    model.save_pretrained(f"{out}/model")  # which only the first process does
     report = [(row.name, row.hadamard_size, row.error) for row in model.hf_quantizer.report]
     json.dump(report, open(f"{out}/{rank}.json", "w"))
 except ValueError as error:
     print(f"rank {rank}: {error}", flush=True)
-if dist.is_initialized():
-    dist.destroy_process_group()
+dist.destroy_process_group()
 """
 
 
 def run_together(processes: int, original: Path, out: Path, **fields) -> str:
-    """What the processes print; their models are in ``out``, by rank."""
+    """What the processes print; their tensors and reports are in ``out`` by rank, and the model."""
     out.mkdir(exist_ok=True)
     script = out / "run.py"
     script.write_text(RUN)
@@ -60,10 +63,21 @@ def run_together(processes: int, original: Path, out: Path, **fields) -> str:
     return run.stdout
 
 
-def alone(original: Path, **fields):
+def alone(original: Path, dtype: torch.dtype = torch.float32, device: str | None = None, **fields):
     ids = torch.randint(4, 200, (12, 40), generator=torch.Generator().manual_seed(3))
     config = MRGPTQConfig(dataset=list(ids), num_samples=12, sequence_length=40, batch_size=2, **fields)
-    return AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32, quantization_config=config)
+    return AutoModelForCausalLM.from_pretrained(
+        original, dtype=dtype, device_map=device, quantization_config=config
+    )
+
+
+def require_equal_reports(out: Path, model) -> None:
+    """Of both processes with each other's, and with that of ``model``, which one process made."""
+    reports = [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert reports[0] == reports[1]
+    expected = [(row.name, row.hadamard_size, row.error) for row in model.hf_quantizer.report]
+    for (name, size, error), (other, other_size, other_error) in zip(reports[0], expected, strict=True):
+        assert (name, size) == (other, other_size) and error == pytest.approx(other_error, rel=0.05), name
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
@@ -76,12 +90,8 @@ def test_two_processes_make_what_one_makes(original, tmp_path, format):
     run_together(2, original, tmp_path, **fields)
     files = [tmp_path / f"{rank}.safetensors" for rank in (0, 1)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert reports[0] == reports[1]
     model = alone(original, format=format, equalize=False)
-    expected = [(row.name, row.hadamard_size, row.error) for row in model.hf_quantizer.report]
-    for (name, size, error), (other, other_size, other_error) in zip(reports[0], expected, strict=True):
-        assert (name, size) == (other, other_size) and error == pytest.approx(other_error, rel=0.05)
+    require_equal_reports(tmp_path, model)
     found, state = load_file(files[0]), model.state_dict()
     for name, tensor in state.items():
         same = (found[name].view(torch.uint8) == tensor.view(torch.uint8)).float().mean()

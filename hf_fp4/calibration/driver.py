@@ -134,7 +134,6 @@ def quantize_model(model: PreTrainedModel, config: MRGPTQConfig, data: Calibrati
             )
     take_experts_apart(model, config.fp4_format, config.modules_to_not_convert or [])
     blocks = find_blocks(model)
-    _require_one_gpu(blocks.modules)
     selection = select_linears(model, config.fp4_format, config.modules_to_not_convert)
     if isinstance(config.hadamard_group_size, int):
         for name in selection.selected:
@@ -393,16 +392,6 @@ def _calibration_device(config: MRGPTQConfig, blocks: list[nn.Module]) -> torch.
         return torch.device(config.calibration_device)
     on_cpu = all(block_device(block).type == "cpu" or waits_on_disk(block) for block in blocks)
     return torch.device("cuda") if on_cpu and torch.cuda.is_available() else None
-
-
-def _require_one_gpu(blocks: list[nn.Module]) -> None:
-    gpus = sorted({str(device) for block in blocks if (device := block_device(block)).type == "cuda"})
-    if len(gpus) > 1:
-        raise ValueError(
-            f"device_map spread the model over several GPUs ({', '.join(gpus)}), where calibration gives wrong weights; load it "
-            'with device_map="cpu", from where blocks are brought to one GPU one after the other, or onto one GPU with '
-            'device_map="cuda". The saved checkpoint may then be loaded over several'
-        )
 
 
 @contextmanager

@@ -33,6 +33,9 @@ def pytest_collection_modifyitems(config, items):
             )
 
 
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
 @functools.cache
 def load_variant(path: Path):
     """Imports a variant directory under the module name its metadata gives it."""

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import reference as ref
 import torch
-from conftest import device_of
+from conftest import device_of, needs_two_gpus
 from problems import EXPERT_SHAPES, EXPERT_TILES, FLOORS, MODES, ExpertShape, Mode
 from test_linear import check
 
@@ -89,6 +89,20 @@ def test_grouped_linear(kernels, shape, mode, gather):
     assert y.shape == (shape.rows, shape.n) and y.dtype == x.dtype
     check_all(y, x, index, offsets, weights, bias, mode, g)
     assert torch.equal(y, call(kernels, x, index, offsets, prepared, bias, mode, g)), "two runs differ"
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+@pytest.mark.parametrize("shape", [EXPERT_SHAPES[0], EXPERT_SHAPES[-1]], ids=lambda s: s.id)
+def test_a_gpu_that_is_not_the_current_one(kernels, shape, mode):
+    if shape.k % (mode.hadamard or 32):
+        pytest.skip("the rotation does not divide K")
+    x, index, offsets, weights, bias, g = make(shape, mode, True)
+    y = call(kernels, x, index, offsets, prepare(kernels, weights, mode.format), bias, mode, g)
+    weights = [[None if t is None else t.to("cuda:1") for t in weight] for weight in weights]
+    x, index, offsets, bias, g = (None if t is None else t.to("cuda:1") for t in (x, index, offsets, bias, g))
+    prepared = prepare(kernels, weights, mode.format)
+    assert torch.equal(call(kernels, x, index, offsets, prepared, bias, mode, g).to(y.device), y)
 
 
 @pytest.mark.parametrize("gather", [True, False])

@@ -3,7 +3,7 @@
 import pytest
 import reference as ref
 import torch
-from conftest import device_of
+from conftest import device_of, needs_two_gpus
 from problems import FLOORS, MODES, SHAPES, Mode, Shape, divisions, variants
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -67,6 +67,19 @@ def test_linear(kernels, shape, mode, device):
     assert y.shape == (shape.m, shape.n) and y.dtype == x.dtype
     check(y, x, weight, bias, mode, g)
     assert torch.equal(y, call(kernels, x, prepared, bias, mode, g)), "two runs differ"
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+@pytest.mark.parametrize("m", [1, 20, 100, 300])
+def test_a_gpu_that_is_not_the_current_one(kernels, mode, m, device):
+    if device.type == "cpu":
+        pytest.skip("GPUs only")
+    x, weight, bias, g = make(Shape(m, 144, 640), mode)
+    y = call(kernels, x, kernels.prepare_weight(*weight), bias, mode, g)
+    x, bias, g, *weight = (None if t is None else t.to("cuda:1") for t in (x, bias, g, *weight))
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(call(kernels, x, kernels.prepare_weight(*weight), bias, mode, g).to(y.device), y)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)

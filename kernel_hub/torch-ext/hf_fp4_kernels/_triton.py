@@ -13,8 +13,8 @@ def prepare_weight(weight, weight_scale, weight_global_scale):
     if weight_scale.dtype == torch.float8_e4m3fn:
         row_scale = (1.0 / weight_global_scale.float()).expand(weight.shape[0]).contiguous()
     else:
-        top = weight_scale.amax(1).int()
-        row_scale = torch.ldexp(torch.ones_like(top, dtype=torch.float32), top - 127)
+        top = weight_scale.amax(1).int()  # a float32's exponent, where it is not subnormal
+        row_scale = torch.where(top > 0, top << 23, 1 << 22).view(torch.float32)
     return packed, row_scale
 
 
