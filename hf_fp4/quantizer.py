@@ -190,6 +190,7 @@ class MRGPTQHfQuantizer(HfQuantizer):
             self._on_load = None
             _check_layers(model)
         else:
+            _refuse_random_decoder(model)
             self._calibrate(model)
             self._end_streaming(model)
         if not self.pre_quantized and experts_in(model):
@@ -486,19 +487,35 @@ def _refuse_random(model: PreTrainedModel, stored: set[str]) -> None:
     """Refuse a parameter that no file has, which transformers fills with random numbers; but a new head gets those."""
     if type(model).__name__ not in (model.config.architectures or []):
         return
-    ignored = model._keys_to_ignore_on_load_missing or ()
-    absent = [
-        name
-        for name, parameter in model.named_parameters()
-        if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False))
-        and name not in stored  # one of another shape, when the caller said that shapes may differ
-        and not any(re.search(pattern, name) for pattern in ignored)
-    ]
+    # In `stored` are those of another shape too, when the caller said that shapes may differ.
+    absent = [name for name in _never_read(model) if name not in stored]
     if absent:
         raise ValueError(
             f"the checkpoint has no tensor {absent[0]} (and {len(absent) - 1} more); it is damaged or incomplete: download or "
             "quantize it again"
         )
+
+
+def _refuse_random_decoder(model: PreTrainedModel) -> None:
+    """Refuse to calibrate on random numbers, which transformers puts where no file has a parameter; a head may be new."""
+    decoder = {id(parameter) for parameter in model.get_decoder().parameters()}
+    absent = [name for name, parameter in _never_read(model).items() if id(parameter) in decoder]
+    if absent:
+        raise ValueError(
+            f"calibration needs a trained model, and the checkpoint has no weight of that shape for {absent[0]} (and "
+            f"{len(absent) - 1} more), which would be random; it is damaged or incomplete: download it again"
+        )
+
+
+def _never_read(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters that no file has, and should have."""
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False))
+        and not any(re.search(pattern, name) for pattern in ignored)
+    }
 
 
 def _tokenizer(tokenizer: Any, model: PreTrainedModel, dataset: Any) -> Any:
