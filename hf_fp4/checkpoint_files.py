@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,15 +50,23 @@ def staged(directory: str | os.PathLike) -> Iterator[Path]:
     if target.is_file():
         raise ValueError(f"{target} is a file; save into a directory")
     existed = target.exists()
-    target.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
+        with _directory_inside(target) as staging:
             yield Path(staging)
             with _locked(target):
                 _publish(Path(staging), target)
     finally:
-        if not existed and not any(target.iterdir()):
-            target.rmdir()
+        if not existed:
+            with suppress(OSError):  # it is not empty
+                target.rmdir()
+
+
+def _directory_inside(target: Path) -> tempfile.TemporaryDirectory:
+    while True:
+        target.mkdir(parents=True, exist_ok=True)
+        # Another process may take the empty directory away: of those that save together only one has files to save.
+        with suppress(FileNotFoundError):
+            return tempfile.TemporaryDirectory(dir=target, prefix=".saving-")
 
 
 @contextmanager

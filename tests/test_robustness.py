@@ -12,9 +12,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -525,6 +527,24 @@ def stopping(*paths):
 checkpoint_files.os.replace = stopping
 model.save_pretrained(target, max_shard_size="20KB")
 """
+
+
+def test_another_process_that_saves_nothing(tmp_path, monkeypatch):
+    """Of processes that save together only the first has files; the others take away a directory that they find empty."""
+    target, make = tmp_path / "saved", tempfile.mkdtemp
+
+    def taken_away_once(*args, **kwargs):
+        monkeypatch.setattr(tempfile, "mkdtemp", make)
+        target.rmdir()
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", taken_away_once)
+    with ExitStack() as other:
+        other.enter_context(staged(target))
+        with staged(target) as mine:
+            other.close()
+            (mine / "config.json").write_text("{}")
+    assert [file.name for file in target.iterdir()] == ["config.json"]
 
 
 def test_two_processes_save_in_one_directory(models, saved, tmp_path):
