@@ -16,15 +16,32 @@ POINTERS = {
 }  # fmt: skip
 
 
-def cases(linear, gptq):
+def cases(linear, launch, gptq):
     """(name, kernel, constants, options) as the launches in _triton.py and _gptq_kernels.py have them."""
     rotation = {"HADAMARD": 128, "BM": 4}
     yield "token_amax", linear.token_amax_kernel, rotation, {}
     for format, rule in ((0, 1), (1, 2)):
-        gemm = {"FORMAT": format, "HAS_TOKEN_SCALE": True, "HAS_BIAS": True, "BM": 64, "BN": 64, "BK": 128}
-        yield f"gemm {format}", linear.gemm_kernel, gemm, {"num_warps": 4, "num_stages": 2}
-        grouped = {**gemm, "GATHER": True, "EXPERTS": 128, "BM": 16}
-        yield f"grouped gemm {format}", linear.grouped_gemm_kernel, grouped, {"num_warps": 4, "num_stages": 2}
+        scales = {"HAS_TOKEN_SCALE": True, "HAS_BIAS": True}
+        for words in (True, False):
+            weight = {"FORMAT": format, "WORDS": words}
+            for m in (16, 32, 64):
+                tokens, rows, k, warps, stages, _ = launch._tile(m)
+                gemm = {**weight, **scales, "PARTS": words, "BM": tokens, "BN": rows, "BK": k}
+                options = {"num_warps": warps, "num_stages": stages}
+                yield f"gemm {format} {words} {m}", linear.gemm_kernel, gemm, options
+            yield (
+                f"dequantize {format} {words}",
+                linear.dequantize_kernel,
+                {**weight, "BN": 16, "BK": 256},
+                {},
+            )
+        yield f"add {format}", linear.add_kernel, {"FORMAT": format, **scales, "BN": 1024}, {}
+        for average in (0.25, 16, 32, 64):
+            tokens, rows, k, warps, stages = launch._grouped_tile(average)
+            grouped = {"FORMAT": format, "WORDS": True, **scales, "GATHER": True, "EXPERTS": 128}
+            options = {"num_warps": warps, "num_stages": stages}
+            constants = {**grouped, "BM": tokens, "BN": rows, "BK": k}
+            yield f"grouped gemm {format} {average}", linear.grouped_gemm_kernel, constants, options
         packed = {"QUANTIZE": True, "PACKED": True, "PER_TOKEN": format == 0}
         activation = {**rotation, **packed, "FORMAT": format, "RULE": rule}
         yield f"activation {format}", linear.activation_kernel, activation, {}
@@ -40,17 +57,26 @@ def main(arch: int) -> None:
 
     load_source()
     linear = importlib.import_module(f"{NAME}._triton_kernels")
+    launch = importlib.import_module(f"{NAME}._triton")
     gptq = importlib.import_module(f"{NAME}._gptq_kernels")
     shared = {}
-    for name, kernel, constants, options in cases(linear, gptq):
+    for name, kernel, constants, options in cases(linear, launch, gptq):
         signature = {
             argument: "constexpr"
             if argument in constants
             else POINTERS.get(argument, "*fp32" if argument.endswith("_ptr") else "i32")
             for argument in kernel.arg_names
         }
+        aligned = ("N", "K", "pitch", "codes", "part")  # numbers of real models, which are multiples of 16
+        hints = {
+            (i,): [["tt.divisibility", 16]]
+            for i, argument in enumerate(kernel.arg_names)
+            if argument.endswith("_ptr") or argument in aligned
+        }
         compiled = triton.compile(
-            ASTSource(kernel, signature, constants), target=GPUTarget("cuda", arch, 32), options=options
+            ASTSource(kernel, signature, constants, hints),
+            target=GPUTarget("cuda", arch, 32),
+            options=options,
         )
         shared[name] = compiled.metadata.shared
     sys.stdout.write(json.dumps(shared))
