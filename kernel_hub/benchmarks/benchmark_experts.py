@@ -1,6 +1,6 @@
 """The experts of one MoE layer against bf16 `grouped_mm`: us and ratio. CUDA graphs, another routing at every call.
 
-    python benchmarks/benchmark_experts.py [--tokens 1 16 4096] [--mode nvfp4_w4a16 ...] [--tiles 0 8 ...] [--json out.json]
+    python benchmarks/benchmark_experts.py [--tokens 1 16 4096] [--mode nvfp4_w4a16 ...] [--tiles 0 8 ...] [--backend triton]
 
 Qwen3-30B-A3B's layer: 128 experts, hidden 2048, expert 768, top 8, experts drawn at random. Both run gate and up, SiLU, and
 down on sorted rows, which for FP4 is two calls; "into" and "down" are the two alone, SiLU with the second. --tiles: rows of a
@@ -113,11 +113,11 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 4096])
     parser.add_argument("--mode", nargs="+", default=list(MODES)[:4], choices=list(MODES))
+    parser.add_argument("--backend", default="cuda", choices=["cuda", "triton"])
     parser.add_argument("--tiles", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    paths = variant_paths()
-    kernels = load_variant(paths.get("cuda", paths["triton"]))
+    kernels = load_variant(variant_paths()[args.backend])
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     print(f"{'tokens':>6} {'mode':<20} {'tile':>7} {'us':>9} {'x bf16':>7} {'into':>9} {'down':>9}")
     layers = {name: Layer(kernels, MODES[name]) for name in args.mode}

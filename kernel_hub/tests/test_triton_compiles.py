@@ -25,5 +25,5 @@ def test_compiles(arch, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     shared = json.loads(result.stdout)
-    assert len(shared) == 32
+    assert len(shared) == 36
     assert max(shared.values()) <= SHARED_MEMORY

@@ -24,7 +24,7 @@ def cases(linear, launch, gptq):
         scales = {"HAS_TOKEN_SCALE": True, "HAS_BIAS": True}
         for words in (True, False):
             weight = {"FORMAT": format, "WORDS": words}
-            for m in (16, 32, 64):
+            for m in (16, 32, 64, 128):
                 tokens, rows, k, warps, stages, _ = launch._tile(m)
                 gemm = {**weight, **scales, "PARTS": words, "BM": tokens, "BN": rows, "BK": k}
                 options = {"num_warps": warps, "num_stages": stages}

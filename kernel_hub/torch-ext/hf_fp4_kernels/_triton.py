@@ -63,7 +63,9 @@ def _tile(m):
     """Tokens, output features, input features, warps and stages of a block, and how many blocks a multiprocessor is to have."""
     if m <= 16:
         return 16, 64, 128, 4, 4, 2
-    return (32, 32, 128, 2, 4, 4) if m <= 32 else (64, 64, 128, 4, 3, 2)
+    if m <= 32:
+        return 32, 32, 128, 2, 4, 4
+    return (64, 64, 128, 4, 3, 2) if m <= 64 else (128, 64, 128, 4, 2, 2)
 
 
 def _part_of_k(device, blocks, k, block_k):

@@ -294,8 +294,8 @@ def _load_weight(
 
 @triton.jit
 def _nothing(w_row):
-    """Zeros that are loaded as bytes. Triton gives each thread so many neighbouring values of a product's operand as fit in four
-    bytes of what is loaded first for it: of bytes, with two codes in each, a word's. So words are expanded where they are needed.
+    """Zeros, loaded as bytes, one for each row. By the type of what is loaded first, Triton chooses how many neighbouring values of
+    a product's operand a thread has: after bytes a word's, which is then expanded by the thread that needs it.
     """
     return tl.load(w_row, mask=w_row.to(tl.int64) == 0, other=0).to(tl.int32)
 
@@ -380,7 +380,7 @@ def add_kernel(
     sums_ptr, row_scale_ptr, token_scale_ptr, bias_ptr, out_ptr, M, N, parts, token_stride,
     FORMAT: tl.constexpr, HAS_TOKEN_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """What gemm_kernel left of its parts of K, always added up in the same order."""
+    """Results from the sums of parts of K [parts, M, N], always added up in the same order."""
     rows = tl.program_id(0) + tl.arange(0, 1)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     row_scale, _ = _load_row_scale(row_scale_ptr, cols, cols < N, FORMAT)
@@ -396,32 +396,20 @@ def add_kernel(
 
 @triton.jit
 def dequantize_kernel(
-    w_ptr, row_scale_ptr, out_ptr, N, K, pitch, codes, FORMAT: tl.constexpr, WORDS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    w_ptr, row_scale_ptr, out_ptr, N, K, pitch, codes,
+    FORMAT: tl.constexpr, WORDS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out[N, K] is what gemm_kernel multiplies with, in the dtype of out; results are for `add_kernel`."""
+    """out[N, K] is what gemm_kernel multiplies with, in the dtype of out; sums are for `add_kernel`."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     _, top = _load_row_scale(row_scale_ptr, rows, rows < N, FORMAT)
     w_row = w_ptr + rows.to(tl.int64) * pitch
     k0 = tl.program_id(1) * BK
     ks = k0 + tl.arange(0, BK)
-    tl.store(
-        out_ptr + rows[:, None].to(tl.int64) * K + ks[None, :],
-        _load_weight(
-            w_row,
-            rows < N,
-            top,
-            _nothing(w_row),
-            k0,
-            K,
-            codes,
-            out_ptr.dtype.element_ty,
-            FORMAT,
-            WORDS,
-            BN,
-            BK,
-        ),
-        mask=(rows[:, None] < N) & (ks[None, :] < K),
-    )
+    w = _load_weight(
+        w_row, rows < N, top, _nothing(w_row), k0, K, codes, out_ptr.dtype.element_ty, FORMAT, WORDS, BN, BK
+    )  # fmt: skip
+    at = rows[:, None].to(tl.int64) * K + ks[None, :]
+    tl.store(out_ptr + at, w, mask=(rows[:, None] < N) & (ks[None, :] < K))
 
 
 @triton.jit
