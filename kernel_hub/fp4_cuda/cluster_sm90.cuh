@@ -147,8 +147,10 @@ ClusterCounts count_clusters(Kernel kernel, int threads, int smem) {
   return active;
 }
 
-// One block: bytes of weights per tile of 64 k, bytes of its sums, and the tensor cores' time per tile.
-struct BlockCost {
+// One block: rows and tokens of its results, its threads and shared memory; bytes of weights per tile of 64 k, bytes of its sums,
+// and the tensor cores' time per tile.
+struct BlockShape {
+  int rows, tokens, threads, smem;
   int weights, sums;
   float math_ns;
   int per_sm;  // blocks of a multiprocessor; one that is alone there does several segments, and can stream K
@@ -165,7 +167,7 @@ struct Room {
 // the slowest of three: what comes from memory, the tensor cores, and the latency of one step. They are fitted, only their
 // ratios count, and they are not those of the hardware: under them the choices are nearly the best of what an H200 took
 // (sweep_variants.py).
-inline int choose_split(const Room& room, const BlockCost& block, int token_blocks, int row_blocks, int k_tiles) {
+inline int choose_split(const Room& room, const BlockShape& block, int token_blocks, int row_blocks, int k_tiles) {
   constexpr float kMemory = 1000, kPeers = 1800;                       // bytes per ns
   constexpr float kStep = 390, kStart = 330, kAdd = 850, kHand = 780;  // ns
   const int items = token_blocks * row_blocks;
@@ -207,22 +209,24 @@ inline uint64_t new_ticket() {
 // Where blocks do several segments, K is not divided and there are more items than fit on the GPU, the grid is of those blocks
 // that fit, and each of them does several one after the other.
 template <typename Kernel>
-void launch_divided(Kernel kernel, const Room& room, const BlockCost& cost, int rows, int tokens, int threads, int smem,
-                    Operand operand, Format format, const GemmProblem& p, const Allocate& allocate, cudaStream_t stream) {
-  const bool many_segments = cost.per_sm == 1;
-  const int token_blocks = (p.m + tokens - 1) / tokens, row_blocks = row_blocks_of(p, rows), items = token_blocks * row_blocks;
-  const int split = p.split > 0 ? p.split : choose_split(room, cost, token_blocks, row_blocks, p.k_tiles);
+void launch_divided(Kernel kernel, const Room& room, const BlockShape& block, float factor, const GemmProblem& p,
+                    const Allocate& allocate, cudaStream_t stream) {
+  const bool many_segments = block.per_sm == 1;
+  const int token_blocks = (p.m + block.tokens - 1) / block.tokens, row_blocks = row_blocks_of(p, block.rows);
+  const int items = token_blocks * row_blocks;
+  const int split = p.split > 0 ? p.split : choose_split(room, block, token_blocks, row_blocks, p.k_tiles);
   const bool streamed = split == kStreamed && many_segments;
   if (!streamed && (split > kMostBlocks || room.shared[split] == 0)) {
     throw std::runtime_error("split: no such division of the work, " + std::to_string(split));
   }
-  GemmArgs args{p, factor_of(operand, format), items, 0, {}};
+  GemmArgs args{p, factor, items, 0, {}};
+  int smem = block.smem;
   dim3 grid(split, items);
   if (streamed) {
     const int blocks = std::min(room.shared[1], items * ((p.k_tiles + 1) / 2));  // a stage for each, of at most two tiles
     grid = dim3(1, blocks);
     args.streamed = items < blocks ? items : items % blocks == 0 ? 0 : items % blocks + blocks;
-    const int64_t sums = static_cast<int64_t>(blocks) * rows * tokens / 4;
+    const int64_t sums = static_cast<int64_t>(blocks) * block.rows * block.tokens / 4;
     args.exchange.sums = static_cast<float4*>(allocate(sums * sizeof(float4) + blocks * sizeof(uint64_t)));
     args.exchange.ready = reinterpret_cast<uint64_t*>(args.exchange.sums + sums);
     args.exchange.ticket = new_ticket();
@@ -230,7 +234,7 @@ void launch_divided(Kernel kernel, const Room& room, const BlockCost& cost, int 
     if (many_segments && split == 1) grid.y = std::min(items, room.shared[1]);
     if (items <= room.alone[split]) smem = kAloneSmem;
   }
-  launch_after(kernel, grid, dim3(threads), smem, grid.x, stream, args);
+  launch_after(kernel, grid, dim3(block.threads), smem, grid.x, stream, args);
 }
 
 }  // namespace fp4

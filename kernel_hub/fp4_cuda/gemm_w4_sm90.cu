@@ -522,8 +522,9 @@ void launch(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream)
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAloneSmem), "shared memory");
   static const Room room{count_clusters(kernel, T::kThreads, T::kSmem), count_clusters(kernel, T::kThreads, kAloneSmem)};
   const float math_ns = kGroups * (T::kE4m3 ? kTokens * 0.54f + 170 : kTokens * 2.7f);
-  const BlockCost cost{kGroups * T::kWeightTile, T::kReduceBytes, math_ns, T::kBlocksPerSm};
-  launch_divided(kernel, room, cost, kRows, kTokens, T::kThreads, T::kSmem, kOperand, kFormat, p, allocate, stream);
+  const BlockShape block{kRows,           kTokens, T::kThreads,    T::kSmem, kGroups * T::kWeightTile,
+                         T::kReduceBytes, math_ns, T::kBlocksPerSm};
+  launch_divided(kernel, room, block, factor_of(kOperand, kFormat), p, allocate, stream);
 }
 
 template <Operand kOperand, Format kFormat>
