@@ -151,7 +151,10 @@ def inverse_step(scale: torch.Tensor, fmt: FP4Format, global_scale: torch.Tensor
 
 
 def _power_of_two_below(target: float, absmax: torch.Tensor) -> torch.Tensor:
-    """The largest power of two, from 2**-100 to 2**100, that is not over ``target / absmax``."""
+    """The largest power of two, from 2**-100 to 2**100, that is not over ``target / absmax``.
+
+    By its bits: on a GPU that is not the current one PyTorch 2.11's `torch.ldexp` gives what was in memory.
+    """
     quotient = target / absmax.float().clamp_min(2.0**-100)
     exponent_bits = quotient.view(torch.int32) & 0x7F800000
     return exponent_bits.view(torch.float32).clamp(2.0**-100, 2.0**100)

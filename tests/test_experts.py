@@ -792,9 +792,10 @@ class Strange(MixtralExperts):
 
 
 @pytest.fixture
-def strange(zoo, monkeypatch):
+def strange(zoo, monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.models.mixtral.modeling_mixtral.MixtralExperts", Strange)
-    return zoo("mixtral")
+    AutoModelForCausalLM.from_pretrained(zoo("mixtral")).save_pretrained(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize("method", ["mr-gptq", "rtn"])
