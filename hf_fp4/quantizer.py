@@ -502,8 +502,8 @@ def _refuse_random_decoder(model: PreTrainedModel) -> None:
     absent = [name for name, parameter in _never_read(model).items() if id(parameter) in decoder]
     if absent:
         raise ValueError(
-            f"calibration needs a trained model, and the checkpoint has no weight of that shape for {absent[0]} (and "
-            f"{len(absent) - 1} more), which would be random; it is damaged or incomplete: download it again"
+            f"calibration needs a trained model, and the checkpoint has no weight for {absent[0]} (and {len(absent) - 1} more), "
+            "which would be random; it is damaged or incomplete: download it again"
         )
 
 

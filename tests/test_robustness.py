@@ -269,18 +269,8 @@ def test_a_tensor_that_was_never_saved(tensor, checkpoint):
 def test_an_original_that_lacks_a_tensor_is_not_calibrated(tensor, tmp_path):
     tiny_model("qwen2").save_pretrained(tmp_path)
     edit_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.pop(tensor))
-    with pytest.raises(ValueError, match=rf"no weight of that shape for {tensor}\b.*download it again"):
+    with pytest.raises(ValueError, match=rf"no weight for {tensor}\b.*download it again"):
         quantize(tmp_path)
-
-
-def test_an_original_with_a_tensor_of_another_shape_is_not_calibrated(tmp_path):
-    tiny_model("qwen2").save_pretrained(tmp_path)
-    edit_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.update({NORM: torch.ones(3)}))
-    config = MRGPTQConfig(dataset=list(tiny_tokens(4, 16)), num_samples=4, sequence_length=16)
-    with pytest.raises(ValueError, match=f"no weight of that shape for {NORM}"):
-        AutoModelForCausalLM.from_pretrained(
-            tmp_path, quantization_config=config, ignore_mismatched_sizes=True
-        )
 
 
 def test_a_new_head_is_random_as_ever(checkpoint, tmp_path):
