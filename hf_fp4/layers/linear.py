@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,10 +31,8 @@ class HasStoredLayout:
     """What `use_kernels` lays out for the device it is on, and has as it is on disk without kernels."""
 
     _source: KernelSource | None
-
-    def use_kernels(self, source: KernelSource | None) -> Any:
-        """Lay out for the kernels of ``source``; None: as on disk."""
-        raise NotImplementedError
+    use_kernels: Callable[[KernelSource | None], Any]
+    """Lays out for the kernels of a source; None: as on disk."""
 
     @contextmanager
     def stored_layout(self) -> Iterator[None]:

@@ -80,6 +80,14 @@ def test_linear(kernels, shape, mode):
     check(y, x, weight, bias, mode, g)
 
 
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+def test_linear_of_many_tokens(kernels, mode, monkeypatch):
+    """A product of floats stands in for the library's, which exists on GPUs only."""
+    monkeypatch.setattr(kernels._triton, "_LIBRARY_TOKENS", 1)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    test_linear(kernels, SHAPES[1], mode)
+
+
 @pytest.mark.parametrize("hadamard", [None, 32])
 @pytest.mark.parametrize(("format", "rule"), QUANTIZE)
 def test_rotate_quantize(kernels, format, rule, hadamard):

@@ -5,9 +5,8 @@ import torch
 from ._ops import add_op_namespace_prefix
 
 NVFP4 = 0
-_LIBRARY_TOKENS = (
-    129  # so many are left to the library's product of 16-bit matrices, after the weight was expanded
-)
+# So many are left to the library's product of 16-bit matrices, after the weight was expanded.
+_LIBRARY_TOKENS = 129
 
 
 def prepare_weight(weight, weight_scale, weight_global_scale):
@@ -54,9 +53,17 @@ def _run_activation(x, global_scale, format, quantize, packed, hadamard, rule):
     return value, code, scale, token_scale
 
 
-def _of_words(packed):
-    """Whether the kernels read a weight's codes in words: see `_load_weight`."""
-    return packed.is_cuda and packed.shape[-1] % 4 == 0
+def _of_weight(packed, k):
+    """What the kernels are told of a weight, or of those of experts; WORDS: see `_load_weight`."""
+    pitch = packed.shape[-1]
+    format = NVFP4 if pitch == k // 2 + k // 16 else 1
+    return {"pitch": pitch, "codes": k // 8, "FORMAT": format, "WORDS": packed.is_cuda and pitch % 4 == 0}
+
+
+def _of_scales(token_scale, bias):
+    """What they are told of what results are multiplied by and added to."""
+    stride = 1 if token_scale.shape[0] > 1 else 0
+    return {"token_stride": stride, "HAS_TOKEN_SCALE": token_scale.shape[0] > 0, "HAS_BIAS": bias is not None}
 
 
 def _tile(m):
@@ -68,12 +75,12 @@ def _tile(m):
     return (64, 64, 128, 4, 3, 2) if m <= 64 else (128, 64, 128, 4, 2, 2)
 
 
-def _part_of_k(device, blocks, k, block_k):
-    """How much of K a block takes, so that there are about so many `blocks` for each multiprocessor as are asked for."""
+def _part_of_k(device, blocks, wanted, k, block_k):
+    """How much of K a block takes where `blocks` could take all of it and each multiprocessor is to have `wanted`."""
     multiprocessors = 4  # of Triton's interpreter
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    parts = max(1, min(round(multiprocessors * blocks), k // block_k))
+    parts = max(1, min(round(multiprocessors * wanted / blocks), k // block_k))
     return -(-k // (parts * block_k)) * block_k
 
 
@@ -85,42 +92,27 @@ def _run_gemm(tokens, token_scale, packed, row_scale, bias, out_dtype):
     out = tokens.new_empty((m, n), dtype=out_dtype)
     if m == 0:
         return out
-    weight = {"FORMAT": NVFP4 if packed.shape[1] == k // 2 + k // 16 else 1, "WORDS": _of_words(packed)}
-    scales = {"HAS_TOKEN_SCALE": token_scale.shape[0] > 0, "HAS_BIAS": bias is not None}
-    token_stride = 1 if token_scale.shape[0] > 1 else 0
+    weight, scales = _of_weight(packed, k), _of_scales(token_scale, bias)
     bias = row_scale if bias is None else bias
     if m < _LIBRARY_TOKENS:
         block_m, block_n, block_k, warps, stages, wanted = _tile(m)
         blocks = (-(-m // block_m), -(-n // block_n))
-        part = _part_of_k(packed.device, wanted / (blocks[0] * blocks[1]), k, block_k)
+        part = _part_of_k(packed.device, blocks[0] * blocks[1], wanted, k, block_k)
         parts = -(-k // part)
         sums = tokens.new_empty((parts, m, n), dtype=torch.float32) if parts > 1 else row_scale
         kernels.gemm_kernel[(*blocks, parts)](
-            tokens, packed, row_scale, token_scale, bias, out, sums, m, n, k, packed.shape[1], k // 8, part,
-            token_stride, **weight, **scales, PARTS=parts > 1, BM=block_m, BN=block_n, BK=block_k, num_warps=warps,
-            num_stages=stages,
+            tokens, packed, row_scale, token_scale, bias, out, sums, m, n, k, part=part, **weight, **scales,
+            PARTS=parts > 1, BM=block_m, BN=block_n, BK=block_k, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if parts == 1:
             return out
     else:
         parts, expanded = 1, tokens.new_empty((n, k))
-        kernels.dequantize_kernel[(-(-n // 16), -(-k // 256))](
-            packed, row_scale, expanded, n, k, packed.shape[1], k // 8, **weight, BN=16, BK=256
-        )
+        grid = (-(-n // 16), -(-k // 256))
+        kernels.dequantize_kernel[grid](packed, row_scale, expanded, n, k, **weight, BN=16, BK=256)
         sums = torch.mm(tokens, expanded.T, out_dtype=torch.float32)
     kernels.add_kernel[(m, -(-n // 1024))](
-        sums,
-        row_scale,
-        token_scale,
-        bias,
-        out,
-        m,
-        n,
-        parts,
-        token_stride,
-        FORMAT=weight["FORMAT"],
-        **scales,
-        BN=1024,
+        sums, row_scale, token_scale, bias, out, m, n, parts, FORMAT=weight["FORMAT"], **scales, BN=1024
     )
     return out
 
@@ -233,15 +225,13 @@ def _run_grouped_gemm(tokens, token_scale, index, offsets, packed, row_scale, bi
     experts, n = row_scale.shape
     out = tokens.new_zeros((count, n), dtype=out_dtype)  # rows of no expert
     if count > 0:
-        format = NVFP4 if packed.shape[2] == k // 2 + k // 16 else 1
         block_m, block_n, block_k, warps, stages = _grouped_tile(count / experts)
         # Every expert with rows has at most one block that is not full.
         grid = (count // block_m + min(experts, count), -(-n // block_n))
         kernels.grouped_gemm_kernel[grid](
             tokens, offsets if index is None else index, offsets, packed, row_scale, token_scale,
-            row_scale if bias is None else bias, out, experts, n, k, packed.shape[2], k // 8, 1 if token_scale.shape[0] > 1 else 0,
-            FORMAT=format, WORDS=_of_words(packed), GATHER=index is not None, HAS_TOKEN_SCALE=token_scale.shape[0] > 0,
-            HAS_BIAS=bias is not None, EXPERTS=max(2, 1 << (experts - 1).bit_length()),
+            row_scale if bias is None else bias, out, experts, n, k, **_of_weight(packed, k),
+            **_of_scales(token_scale, bias), GATHER=index is not None, EXPERTS=max(2, 1 << (experts - 1).bit_length()),
             BM=block_m, BN=block_n, BK=block_k, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out

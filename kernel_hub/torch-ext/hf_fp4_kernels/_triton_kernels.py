@@ -405,11 +405,11 @@ def dequantize_kernel(
     w_row = w_ptr + rows.to(tl.int64) * pitch
     k0 = tl.program_id(1) * BK
     ks = k0 + tl.arange(0, BK)
-    w = _load_weight(
-        w_row, rows < N, top, _nothing(w_row), k0, K, codes, out_ptr.dtype.element_ty, FORMAT, WORDS, BN, BK
+    tl.store(
+        out_ptr + rows[:, None].to(tl.int64) * K + ks[None, :],
+        _load_weight(w_row, rows < N, top, _nothing(w_row), k0, K, codes, out_ptr.dtype.element_ty, FORMAT, WORDS, BN, BK),
+        mask=(rows[:, None] < N) & (ks[None, :] < K),
     )  # fmt: skip
-    at = rows[:, None].to(tl.int64) * K + ks[None, :]
-    tl.store(out_ptr + at, w, mask=(rows[:, None] < N) & (ks[None, :] < K))
 
 
 @triton.jit
