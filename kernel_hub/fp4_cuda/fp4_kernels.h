@@ -62,8 +62,8 @@ struct GemmProblem : GemmPart {
   int format;
   int operand;
   // 0: all chosen here. Other values are for measuring and for tests.
-  // Up to 16 tokens (run_gemv): the variant, 1..3. The third of more than 8 is run_gemm_sm90's, undivided.
-  // More (run_gemm_sm90; the operand was chosen when the tokens were prepared, OPERANDS in _cuda.py): so many blocks of a
+  // Up to 16 tokens of 16 bit (run_gemv): the variant, 1..4; of more than 8, 1..3, of which the last is run_gemm_sm90's, undivided.
+  // All others (run_gemm_sm90; the operand was chosen when the tokens were prepared, OPERANDS in _cuda.py): so many blocks of a
   // cluster divide K, 1..8. 9, from 65 tokens on: K is streamed over all blocks.
   int split;
 };
@@ -95,15 +95,6 @@ inline int row_blocks_of(const GemmProblem& p, int rows) {
   return blocks;
 }
 
-// Tokens that run_gemv_fused rotates and quantizes itself. GemmProblem's x and token_scale are not used then.
-struct FusedTokens {
-  const void* x;        // output dtype [M, K]
-  const float* global;  // float32 [1], divisor, or null: 1
-  int k;
-  int hadamard, rule;
-  bool quantize;        // false: rotate only
-};
-
 struct PrepareProblem {
   const uint8_t* weight;  // uint8 [N, K/2]
   const uint8_t* scale;   // E4M3 [N, K/16] or E8M0 [N, K/32]
@@ -119,8 +110,6 @@ struct PrepareProblem {
 void run_expand_e4m3(const PrepareProblem& p, uint8_t* out, float* out_scale, cudaStream_t stream);
 void run_activation(const ActivationProblem& p, cudaStream_t stream);
 void run_gemv(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream);
-// The same bits as run_activation and run_gemv, for up to 8 tokens that fit in a block's shared memory.
-void run_gemv_fused(const GemmProblem& p, const FusedTokens& tokens, cudaStream_t stream);
 void run_gemm_sm90(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream);
 void run_experts(const ExpertsProblem& p, cudaStream_t stream);
 void run_prepare(const PrepareProblem& p, cudaStream_t stream);

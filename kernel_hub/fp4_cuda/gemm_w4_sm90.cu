@@ -2,7 +2,7 @@
 //
 // wgmma takes only operand A from registers, so the weights are A (64 rows a warpgroup), expanded from FP4 in registers
 // with their block scales folded in (exact: E2M1 x E4M3 has 6 significant bits, and E2M1 x 2^e is an E4M3 number), and the
-// tokens are B (16..256 tokens a tile) in shared memory. A producer warp streams prepared weight tiles and token tiles with
+// tokens are B (8..256 tokens a tile) in shared memory. A producer warp streams prepared weight tiles and token tiles with
 // bulk copies into a ring of stages; two consumer warpgroups expand and multiply. With few blocks the k range is split over
 // the blocks of a cluster, which add up through distributed shared memory in a fixed order, so that the result is the same
 // every time. Or K is streamed over all blocks: see Work.
@@ -200,10 +200,24 @@ __device__ __forceinline__ uint2 load_table(uint32_t table, uint32_t byte) {
   return v;
 }
 
-// A stage's tiles are multiplied into `sums`, which then are added to `acc`: one warpgroup adds while the other multiplies.
-// 256 tokens leave no registers for all sums: they are taken 128 tokens at a time. Tile 1 is expanded while the tensor
-// cores multiply tile 0, and the next stage's tile 0 while they multiply tile 1. What an expansion reads is on its way before
-// the products that come first, but with 256 tokens, again for want of registers.
+// Named barriers, of all consumers and perhaps the messenger, a warp that waits for them and for other blocks; and of a group.
+enum Barrier : int { kOfConsumers = 1, kHandedOn, kTakenOver, kOfGroup, kTurnOf = kOfGroup + kGroups };
+
+template <int kThreads>
+__device__ __forceinline__ void named_sync(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ __forceinline__ void named_arrive(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+__device__ __forceinline__ void consumer_sync() { named_sync<kConsumers>(kOfConsumers); }
+
+// A stage's tiles are multiplied into `sums`, which then are added to `acc`. 256 tokens leave no registers for all sums: they are
+// taken 128 tokens at a time. The two warpgroups of a block that is alone on its multiprocessor take turns: one gives the tensor
+// cores a stage's products while the other adds its last ones and expands its next tiles. (Left alone, both wait for the same
+// stage and stay in step, and the tensor cores for both.) What an expansion reads is on its way early, but with 256 tokens, again
+// for want of registers.
 //
 // `at` is the first stage and becomes the one after the last.
 template <class T, int kTokens>
@@ -211,22 +225,24 @@ __device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, int tiles, uin
                                              float (&acc)[kTokens / 2]) {
   static_assert(kPromoteTiles == 2 && T::kTilesPerStage == 2);
   constexpr int kPart = kTokens < 128 ? kTokens : 128, kParts = kTokens / kPart;
-  constexpr bool kLoadAhead = kTokens < 256;
+  constexpr bool kLoadAhead = kTokens < 256, kTurns = T::kBlocksPerSm == 1;
   const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const uint32_t codes = ring.base + group * T::kWeightStage + codes_offset(slice, lane);
   const uint32_t scales = ring.base + group * T::kWeightStage + scales_offset(Format::kMxfp4, slice, lane);
   const uint64_t tokens = token_descriptor<kTokens>(ring.base + T::kTokenOffset);
   uint32_t a[2][2][4];
   float sums[kPart / 2] = {};
-  uint4 raw;  // the tile that is expanded next, and the tables of its rows
-  uint2 tables[2];
+  struct Loaded {
+    uint4 raw;
+    uint2 tables[2];
+  } loaded[2];
   Cursor<T> read = at;
   auto load = [&](int tile) {
     if (tile == 0) barrier_wait(ring.full(read.stage), read.phase);
     const uint32_t offset = read.stage * T::kStageBytes + tile * T::kWeightTile, s = load_shared2(scales + offset);
-    raw = load_shared16(codes + offset);
-    tables[0] = load_table(table, s & 0xFF);
-    tables[1] = load_table(table, s >> 8);
+    loaded[tile].raw = load_shared16(codes + offset);
+    loaded[tile].tables[0] = load_table(table, s & 0xFF);
+    loaded[tile].tables[1] = load_table(table, s >> 8);
     if (tile == 1) read.next();
   };
   auto load_ahead = [&](int tile) {
@@ -234,8 +250,8 @@ __device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, int tiles, uin
   };
   auto expand = [&](int tile) {
     if (!kLoadAhead) load(tile);
-    not_before(raw);
-    expand8(raw, tables[0], tables[1], a[tile]);
+    not_before(loaded[tile].raw);
+    expand8(loaded[tile].raw, loaded[tile].tables[0], loaded[tile].tables[1], a[tile]);
   };
   auto multiply = [&](int tile, int part) {
     const uint64_t first = tokens + (at.stage * T::kStageBytes + tile * T::kTokenTile) / 16 + part * kPart;
@@ -255,31 +271,32 @@ __device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, int tiles, uin
   };
   // The stage of tiles i and i + 1.
   auto stage = [&](int i, bool far_from_end) {
-    const bool two = far_from_end || i + 1 < tiles, more = far_from_end || i + 2 < tiles;
-    multiply(0, 0);
-    if (two) expand(1);
-    if (more) load_ahead(0);
-    if (two) multiply(1, 0);
+    const bool two = far_from_end || i + 1 < tiles, more = far_from_end || i + 2 < tiles, two_more = far_from_end || i + 3 < tiles;
 #pragma unroll
-    for (int part = 1; part < kParts; ++part) {
-      promote(part - 1);
+    for (int part = 0; part < kParts; ++part) {
+      if (part > 0) promote(part - 1);
+      if (kTurns) named_sync<kConsumers>(kTurnOf + group);
       multiply(0, part);
       if (two) multiply(1, part);
+      if (kTurns) named_arrive<kConsumers>(kTurnOf + (group ^ 1));
     }
+    if (more) load_ahead(0);
+    if (two_more) load_ahead(1);
     if (more) {
       wgmma_wait<1>();  // tile 0 has been multiplied: its registers are free
       expand(0);
-      if (far_from_end || i + 3 < tiles) load_ahead(1);
     }
     promote(kParts - 1);
     ring.release(at.stage);
+    if (two_more) expand(1);
     at.next();
   };
 
   if (tiles == 0) return;
   load_ahead(0);
-  expand(0);
   if (tiles > 1) load_ahead(1);
+  expand(0);
+  if (tiles > 1) expand(1);
   int i = 0;
   for (; i + 3 < tiles; i += 2) stage(i, true);
   for (; i < tiles; i += 2) stage(i, false);
@@ -295,19 +312,6 @@ __device__ __forceinline__ void store_accumulators(uint32_t reduce, const float 
     for (int j = 0; j < 4; ++j)
       store_shared4(reduce + ((8 * i + j % 2) * T::kReduceStride + j / 2 * 8) * 4, acc[4 * i + j]);
 }
-
-// Named barriers, of all consumers and perhaps the messenger, a warp that waits for them and for other blocks; and of a group.
-enum Barrier : int { kOfConsumers = 1, kHandedOn, kTakenOver, kOfGroup };
-
-template <int kThreads>
-__device__ __forceinline__ void named_sync(int barrier) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
-}
-template <int kThreads>
-__device__ __forceinline__ void named_arrive(int barrier) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
-}
-__device__ __forceinline__ void consumer_sync() { named_sync<kConsumers>(kOfConsumers); }
 
 // A block hands its sums of an item on to the next one, which goes on with it. Consumers neither wait until their sums are
 // there for others, nor look for those of others: the messenger does.
@@ -404,7 +408,7 @@ __device__ __forceinline__ void write_rows(const GemmArgs& args, const GemmPart&
       for (int b = 0; b < 2; ++b)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float* v = acc + first / 2 + 4 * (h + b) + 2 * r;
+          const float* v = acc + 4 * min(first / 8 + h + b, kTokens / 8 - 1) + 2 * r;  // of 8 tokens, twice
           pairs[b][r] = pack_pair<Out>(v[0] * (row_scale[r] * ahead[h + b][0]) + added[r],
                                        v[1] * (row_scale[r] * ahead[h + b][1]) + added[r]);
         }
@@ -480,6 +484,8 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
       const GemmPart part = part_of(p, kRows, row_block);
       prefetch_row_data<kRows>(part.row_scale, part.bias, row_block * kRows, part.n);
     }
+    constexpr bool kTurns = T::kE4m3 && T::kBlocksPerSm == 1;  // of consume_e4m3
+    if (kTurns && warp / 4 == 1) named_arrive<kConsumers>(kTurnOf);
     Cursor<T> at;
     int turn = 0;
     for (int i = 0; i < (T::kManySegments ? work.segments() : 1); ++i) {
@@ -506,6 +512,7 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
       if (p.out_is_bf16) write<T, kTokens, __nv_bfloat16>(args, part, base, row_block, token_block, turn, acc);
       else write<T, kTokens, __half>(args, part, base, row_block, token_block, turn, acc);
     }
+    if (kTurns && warp / 4 == 0) named_sync<kConsumers>(kTurnOf);
   }
 }
 
@@ -530,15 +537,16 @@ void launch(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream)
 template <Operand kOperand, Format kFormat>
 void dispatch_tokens(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream) {
   switch (p.token_tile) {
-    case 16:
-      if constexpr (kOperand != Operand::kE4m3) return launch<kOperand, kFormat, 16>(p, allocate, stream);
+    case 8:
+      if constexpr (kOperand == Operand::kE4m3) return launch<kOperand, kFormat, 8>(p, allocate, stream);
       break;
+    case 16: return launch<kOperand, kFormat, 16>(p, allocate, stream);
     case 32: return launch<kOperand, kFormat, 32>(p, allocate, stream);
     case 64: return launch<kOperand, kFormat, 64>(p, allocate, stream);
     case 128: return launch<kOperand, kFormat, 128>(p, allocate, stream);
     case 256: return launch<kOperand, kFormat, 256>(p, allocate, stream);
   }
-  throw std::runtime_error("gemm_w4_sm90: token_tile must be 16 (of 16-bit operands), 32, 64, 128 or 256, got " +
+  throw std::runtime_error("gemm_w4_sm90: token_tile must be 8 (of E4M3 operands), 16, 32, 64, 128 or 256, got " +
                            std::to_string(p.token_tile));
 }
 

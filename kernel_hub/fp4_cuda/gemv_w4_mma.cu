@@ -8,12 +8,9 @@
 //
 // Up to 8 tokens come in an order of their own, of which any number can be copied alone; 9 to 16 as wgmma takes them, since for
 // many rows gemm_w4_sm90.cu is faster.
-//
-// For one or two tokens a launch costs more than rotating and quantizing them again in every block: run_gemv_fused does.
 #include <algorithm>
 #include <type_traits>
 
-#include "activation_fp4.cuh"
 #include "expand_fp4.cuh"
 #include "fp4_kernels.h"
 #include "gemm_parts.cuh"
@@ -27,7 +24,6 @@ struct GemvArgs {
   GemmProblem p;
   float factor;
   int units;  // of all linears
-  FusedTokens fused;
 };
 
 // kColumns: blocks of 8 tokens. kSlices: 16-row slices of a unit. kStages: tiles of a warp's ring. kBlocks: so many at a time
@@ -40,62 +36,34 @@ struct GemvShape {
   static constexpr int kRowStride = kRows + 4;       // of a token's partial sums
 };
 
-enum class Tokens { kPrepared, kFused };
-
 constexpr int kMultiprocessorBytes = 228 << 10, kBlockBytes = 1 << 10;  // of shared memory; what the system takes of a block's
 
-// Shared memory: each warp's ring, the rings' barriers, fused tokens, and twice every warp's partial sums.
-template <class S, Format kFormat, Tokens kTokens>
+// Shared memory: each warp's ring, the rings' barriers, and twice every warp's partial sums.
+template <class S, Format kFormat>
 struct Places {
   static constexpr int kWeights = S::kSlices * (tile_bytes(kFormat) / kSlicesPerTile);
-  int stage, barriers, tokens, partial, end;
+  int stage, barriers, partial, end;
   __host__ __device__ static int token_bytes(int m) { return S::kColumns == 1 ? m * 128 : S::kTokenBytes; }  // of a tile
-  __host__ __device__ __forceinline__ Places(int m, int k_tiles) {
-    const bool fused = kTokens == Tokens::kFused;
-    stage = kWeights + (fused ? 0 : token_bytes(m));
+  __host__ __device__ __forceinline__ explicit Places(int m) {
+    stage = kWeights + token_bytes(m);
     barriers = S::kWarps * S::kStages * stage;
-    tokens = barriers + (S::kWarps * S::kStages * 8 + 15) / 16 * 16;
-    partial = tokens + (fused ? k_tiles * m * 128 : 0);
+    partial = barriers + (S::kWarps * S::kStages * 8 + 15) / 16 * 16;
     end = partial + 2 * S::kWarps * m * S::kRowStride * 4;
     const int most = (kMultiprocessorBytes / (S::kBlocks + 1) - kBlockBytes) / 128 * 128;  // that one more block could have
     end = end > most ? end : most + 128;
   }
 };
 
-// What activation_static_kernel does, into this block's shared memory, [K/64, m tokens, 128 bytes].
-template <Operand kOperand, Format kFormat>
-__device__ __forceinline__ void prepare_tokens(const GemvArgs& args, float global, uint4* out) {
-  using Token = std::conditional_t<kOperand == Operand::kBf16, __nv_bfloat16, __half>;
-  const GemmProblem& p = args.p;
-  const FusedTokens& f = args.fused;
-  constexpr int kValues = 8;
-  const int chunks = (p.k_tiles + 1) / 2 * kLanesOf128<kValues>;  // of a token
-  for (int base = 0; base < p.m * chunks; base += blockDim.x) {
-    const int token = (base + threadIdx.x) / chunks, k0 = (base + threadIdx.x) % chunks * kValues;
-    const bool valid = token < p.m && k0 < f.k;
-    const int64_t at = static_cast<int64_t>(token) * f.k + k0;
-    Chunk<kValues> c = p.out_is_bf16 ? load_chunk<kValues>(static_cast<const __nv_bfloat16*>(f.x) + at, valid)
-                                     : load_chunk<kValues>(static_cast<const __half*>(f.x) + at, valid);
-    rotate(c, f.hadamard);
-    const Pairs<kValues> values = kOperand == Operand::kBf16 && f.quantize
-                                      ? quantized_values<kFormat>(c, global, static_cast<ScaleRule>(f.rule))
-                                      : pack<Token>(c);
-    if (token < p.m && k0 < p.k_tiles * 64) store_natural(out + k0 / 64 * p.m * 8, token, k0, values);
-  }
-  __syncthreads();
-}
-
 // partial: [warps, m, kRowStride].
 template <class S>
-__device__ __forceinline__ void write_outputs(const GemmProblem& p, float factor, const float* partial, int n0,
-                                              float common_scale) {
+__device__ __forceinline__ void write_outputs(const GemmProblem& p, float factor, const float* partial, int n0) {
   for (int e = threadIdx.x; e < p.m * S::kRows; e += S::kWarps * 32) {
     const int m = e / S::kRows, row = e % S::kRows, n = n0 + row;
     if (n >= p.n) continue;
     float v = 0.0f;
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) v += partial[(w * p.m + m) * S::kRowStride + row];
-    const float token_scale = p.token_scale != nullptr ? p.token_scale[m * p.token_scale_stride] : common_scale;
+    const float token_scale = p.token_scale != nullptr ? p.token_scale[m * p.token_scale_stride] : 1.0f;
     v *= (p.row_scale[n] * factor) * token_scale;
     const int64_t out = static_cast<int64_t>(m) * p.n + n;
     if (p.out_is_bf16) {
@@ -109,7 +77,7 @@ __device__ __forceinline__ void write_outputs(const GemmProblem& p, float factor
 }
 
 // What a warp fetches: the tiles of the warp's part of K, of one of the block's units after the other.
-template <class S, Format kFormat, Tokens kTokens>
+template <class S, Format kFormat>
 struct Feed {
   const GemvArgs& args;
   int first, count;  // the part of K
@@ -129,7 +97,7 @@ struct Feed {
   }
   __device__ __forceinline__ uint32_t barrier() const { return barriers + slot * 8; }
   __device__ __forceinline__ void copy_weights() const {
-    constexpr int kCodes = S::kSlices * kSliceCodeBytes, kWeights = Places<S, kFormat, kTokens>::kWeights;
+    constexpr int kCodes = S::kSlices * kSliceCodeBytes, kWeights = Places<S, kFormat>::kWeights;
     const uint32_t stage = ring + slot * stage_bytes;
     const uint8_t* from = codes + tile * tile_bytes(kFormat);
     const uint64_t once = policy_evict_first();
@@ -142,11 +110,10 @@ struct Feed {
     }
   }
   __device__ __forceinline__ void copy_tokens() const {
-    if constexpr (kTokens == Tokens::kPrepared) {
-      const int64_t from = static_cast<int64_t>(first + tile) * S::kTokenBytes;
-      bulk_copy(ring + slot * stage_bytes + Places<S, kFormat, kTokens>::kWeights, static_cast<const uint8_t*>(args.p.x) + from,
-                Places<S, kFormat, kTokens>::token_bytes(args.p.m), barrier(), policy_evict_last());
-    }
+    using P = Places<S, kFormat>;
+    const int64_t from = static_cast<int64_t>(first + tile) * S::kTokenBytes;
+    bulk_copy(ring + slot * stage_bytes + P::kWeights, static_cast<const uint8_t*>(args.p.x) + from,
+              P::token_bytes(args.p.m), barrier(), policy_evict_last());
   }
   __device__ __forceinline__ void next() {
     slot = slot + 1 == S::kStages ? 0 : slot + 1;
@@ -158,12 +125,11 @@ struct Feed {
   }
 };
 
-template <Operand kOperand, Format kFormat, class S, Tokens kTokens>
+template <Operand kOperand, Format kFormat, class S>
 __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(const __grid_constant__ GemvArgs args) {
   const GemmProblem& p = args.p;
-  constexpr bool kFused = kTokens == Tokens::kFused;
   extern __shared__ __align__(128) uint8_t shared[];
-  const Places<S, kFormat, kTokens> places(p.m, p.k_tiles);
+  const Places<S, kFormat> places(p.m);
   const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
   const int first = p.k_tiles * warp / S::kWarps, count = p.k_tiles * (warp + 1) / S::kWarps - first;
@@ -172,7 +138,7 @@ __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(con
   const uint32_t barriers = base + places.barriers + warp * S::kStages * 8;
 
   grid_dependency_launch();
-  Feed<S, kFormat, kTokens> feed{args, first, count, ring, barriers, places.stage, units * count};
+  Feed<S, kFormat> feed{args, first, count, ring, barriers, places.stage, units * count};
   const int early = min(feed.left, S::kStages);
   feed.begin_unit();
   if (lane == 0) {
@@ -181,7 +147,7 @@ __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(con
   }
   __syncwarp();
   {
-    Feed<S, kFormat, kTokens> weights = feed;
+    Feed<S, kFormat> weights = feed;
     for (int i = 0; i < early; ++i, weights.next()) weights.copy_weights();
   }
   {
@@ -190,12 +156,6 @@ __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(con
     prefetch_row_data<S::kRows>(part.row_scale, part.bias, in_part * S::kRows, part.n);
   }
   grid_dependency_wait();
-  float common_scale = 1.0f;  // of all tokens
-  if constexpr (kFused) {
-    const float global = args.fused.global != nullptr ? *args.fused.global : 1.0f;
-    common_scale = __fdiv_rn(1.0f, global);
-    prepare_tokens<kOperand, kFormat>(args, global, reinterpret_cast<uint4*>(shared + places.tokens));
-  }
   for (int i = 0; i < early; ++i, feed.next()) feed.copy_tokens();
   // What this lane reads of a tile of tokens. Of up to 8, those past the last read that one, and their results are dropped.
   const int token = min(g, p.m - 1);
@@ -209,7 +169,7 @@ __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(con
     float acc[S::kSlices][S::kColumns][4] = {};
     for (int i = 0; i < count; ++i) {
       const uint32_t stage = ring + slot * places.stage;
-      const uint32_t tokens = kFused ? base + places.tokens + (first + i) * p.m * 128 : stage + places.kWeights;
+      const uint32_t tokens = stage + places.kWeights;
       barrier_wait(barriers + slot * 8, phase);
       uint32_t b[S::kColumns][2][4];  // [16 k steps 2h and 2h + 1]
 #pragma unroll
@@ -261,45 +221,49 @@ __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(con
     GemmProblem mine = p;
     int in_part = number;
     static_cast<GemmPart&>(mine) = part_of(p, S::kRows, in_part);
-    write_outputs<S>(mine, args.factor, partial, in_part * S::kRows, common_scale);
+    write_outputs<S>(mine, args.factor, partial, in_part * S::kRows);
     float* const last = partial;  // read until the next unit's barrier
     partial = other_partial;
     other_partial = last;
   }
 }
 
-template <Operand kOperand, Format kFormat, class S, Tokens kTokens>
-void launch(const GemmProblem& p, const FusedTokens& fused, cudaStream_t stream) {
-  const auto kernel = gemv_w4_kernel<kOperand, kFormat, S, kTokens>;
-  const int smem = Places<S, kFormat, kTokens>(p.m, p.k_tiles).end;
+template <Operand kOperand, Format kFormat, class S>
+void launch(const GemmProblem& p, cudaStream_t stream) {
+  const auto kernel = gemv_w4_kernel<kOperand, kFormat, S>;
+  const int smem = Places<S, kFormat>(p.m).end;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem), "shared memory");
   const int per_sm = std::min(S::kBlocks, kMultiprocessorBytes / (smem + kBlockBytes));
   const int units = row_blocks_of(p, S::kRows);
   launch_after(kernel, dim3(std::min(units, multiprocessors() * per_sm)), dim3(S::kWarps * 32), smem, 1, stream,
-               GemvArgs{p, factor_of(kOperand, kFormat), units, fused});
+               GemvArgs{p, factor_of(kOperand, kFormat), units});
 }
 
-// By what an H200 measured: 1 where units of 32 rows fit on its multiprocessors at once, 2 where those of 64 do, 3 for more.
+// By what an H200 measured: 1 where units of 32 rows fit on its multiprocessors at once, 2 where those of 64 do, 3 where two of
+// them do, 4 for more. With more places than work for them, some multiprocessors would get two units and others none.
 int variant_of(const GemmProblem& p) {
   constexpr int kMultiprocessors = 132;
   if (p.split > 0) return p.split;
-  return row_blocks_of(p, 32) <= kMultiprocessors ? 1 : row_blocks_of(p, 64) <= kMultiprocessors ? 2 : 3;
+  if (row_blocks_of(p, 32) <= kMultiprocessors) return 1;
+  const int units = row_blocks_of(p, 64);
+  return units <= kMultiprocessors ? 2 : units <= 2 * kMultiprocessors ? 3 : 4;
 }
 
-template <Operand kOperand, Format kFormat, Tokens kTokens>
-void dispatch_8(const GemmProblem& p, const FusedTokens& fused, cudaStream_t stream) {
+template <Operand kOperand, Format kFormat>
+void dispatch_8(const GemmProblem& p, cudaStream_t stream) {
   switch (variant_of(p)) {
-    case 1: return launch<kOperand, kFormat, GemvShape<1, 2, 16, 2, 1>, kTokens>(p, fused, stream);
-    case 2: return launch<kOperand, kFormat, GemvShape<1, 4, 16, 2, 1>, kTokens>(p, fused, stream);
-    default: return launch<kOperand, kFormat, GemvShape<1, 4, 8, 2, 3>, kTokens>(p, fused, stream);
+    case 1: return launch<kOperand, kFormat, GemvShape<1, 2, 16, 2, 1>>(p, stream);
+    case 2: return launch<kOperand, kFormat, GemvShape<1, 4, 16, 2, 1>>(p, stream);
+    case 3: return launch<kOperand, kFormat, GemvShape<1, 4, 8, 2, 2>>(p, stream);
+    default: return launch<kOperand, kFormat, GemvShape<1, 4, 8, 2, 3>>(p, stream);
   }
 }
 
 template <Operand kOperand, Format kFormat>
 void dispatch_16(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream) {
   switch (variant_of(p)) {
-    case 1: return launch<kOperand, kFormat, GemvShape<2, 2, 16, 2, 1>, Tokens::kPrepared>(p, {}, stream);
-    case 2: return launch<kOperand, kFormat, GemvShape<2, 4, 8, 2, 2>, Tokens::kPrepared>(p, {}, stream);
+    case 1: return launch<kOperand, kFormat, GemvShape<2, 2, 16, 2, 1>>(p, stream);
+    case 2: return launch<kOperand, kFormat, GemvShape<2, 4, 8, 2, 1>>(p, stream);
   }
   GemmProblem whole = p;
   whole.split = 1;
@@ -311,15 +275,8 @@ void dispatch_16(const GemmProblem& p, const Allocate& allocate, cudaStream_t st
 void run_gemv(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream) {
   if (p.m == 0) return;
   with_types(p.operand, p.format, [&](auto operand, auto format) {
-    if (p.token_tile == 8) dispatch_8<operand.value, format.value, Tokens::kPrepared>(p, {}, stream);
+    if (p.token_tile == 8) dispatch_8<operand.value, format.value>(p, stream);
     else dispatch_16<operand.value, format.value>(p, allocate, stream);
-  });
-}
-
-void run_gemv_fused(const GemmProblem& p, const FusedTokens& tokens, cudaStream_t stream) {
-  if (p.m == 0) return;
-  with_types(p.operand, p.format, [&](auto operand, auto format) {
-    dispatch_8<operand.value, format.value, Tokens::kFused>(p, tokens, stream);
   });
 }
 

@@ -296,6 +296,11 @@ def test_every_variant_gives_the_result(kernels, format, dtype, m, n, k):
 @pytest.mark.parametrize(
     "m, n, k",
     [
+        (1, 28672, 1088),
+        (7, 80, 192),
+        (8, 16656, 320),
+        (9, 272, 4096),
+        (16, 6160, 704),
         (17, 16, 64),
         (17, 80, 192),
         (31, 17024, 384),
@@ -334,21 +339,6 @@ def test_every_division_in_e4m3(kernels, dtype, m, n, k):
     assert not failures(run, tokens, others, exact, limit, [0, *divisions(m)])
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
-@pytest.mark.parametrize("m, n, k", [(1, 272, 1152), (2, 4096, 14336), (2, 17024, 128), (1, 6144, 384)])
-def test_fused_equals_two_kernels(kernels, mode, m, n, k):
-    """One or two tokens are rotated and quantized inside the product: the same bits as by the kernel for it."""
-    if kernels.backend_of(torch.get_default_device()) != "cuda":
-        pytest.skip("CUDA kernels only")
-    x, weight, bias, g = make(Shape(m, n, k), mode)
-    prepared = kernels.prepare_weight(*weight)
-    tokens = kernels.prepare_activation(
-        x, format=mode.format, activations=mode.activations, hadamard=mode.hadamard, rule=mode.rule,
-        input_global_scale=g, fp8=mode.fp8,
-    )  # fmt: skip
-    assert torch.equal(kernels.gemm(tokens, *prepared, bias), call(kernels, x, prepared, bias, mode, g))
-
-
 def test_impossible_divisions_are_refused(kernels):
     if kernels.backend_of(torch.get_default_device()) != "cuda":
         pytest.skip("CUDA kernels only")
@@ -377,6 +367,8 @@ def test_shared_activation_equals_linear(kernels):
         (1, [48, 64, 16], 1152),
         (2, [4096, 1024, 1024], 384),
         (2, [12000, 12000], 128),
+        (3, [14336, 14336], 256),
+        (12, [4096, 272], 384),
         (13, [80, 272, 48], 1152),
         (40, [336], 1152),
         (64, [16, 4096, 64], 384),

@@ -249,7 +249,7 @@ def test_tensor_core_instructions(sass):
     assert gemm and all(re.search("[HQ]GMMA", body) for body in gemm.values())
     assert few and all("HMMA" in body for body in few.values())
     e4m3 = [body for body in gemm.values() if "QGMMA" in body]
-    assert len(e4m3) == 4 and all(re.search(r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3", body) for body in e4m3)
+    assert len(e4m3) == 6 and all(re.search(r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3", body) for body in e4m3)
     for name, body in {**gemm, **few}.items():
         assert "UBLKCP" in body, f"{name} does not copy in bulk"
         assert not re.search(r"\b(LDL|STL)\b", body), f"{name} uses local memory"

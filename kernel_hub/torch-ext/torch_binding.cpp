@@ -53,10 +53,12 @@ constexpr int64_t kGemvTokens = 16;
 // The same numbers are in _cuda.py.
 constexpr int64_t kE4m3Tokens = 17, kLibraryTokens = 2048;
 
+// Fewer tokens are multiplied in E4M3 too where there are more output features than this: bf16 takes more instructions to expand.
+constexpr int64_t most_bf16_rows(int64_t m) { return m <= 8 ? 25344 : 4224; }
+
 // What m tokens are made into: kBf16, kFp16, kE4m3Tiles or kE4m3Rows.
 int64_t operand_for(int64_t m, int64_t operand, bool out_is_bf16) {
   if (operand < kE4m3) return operand;
-  if (m <= kGemvTokens) return kBf16;
   if (operand != kE4m3) return operand;
   if (m < kE4m3Tokens) return kBf16;
   return m >= kLibraryTokens && out_is_bf16 ? kE4m3Rows : kE4m3Tiles;
@@ -193,15 +195,10 @@ fp4::GemmProblem gemm_problem(const Linears& linears, const Tensor& like, int64_
   return p;
 }
 
-// Up to so many tokens, bytes of 16-bit tokens (quantizing them takes each block longer than rotating) and output features, each
-// block of the product rotates and quantizes the tokens itself.
-constexpr int64_t kFusedTokens = 2, kFusedRows = 16384;
-constexpr int64_t fused_bytes(bool quantize) { return quantize ? 16 << 10 : 128 << 10; }
-
 void run_gemm(const fp4::GemmProblem& p, const Tensor& like) {
   std::vector<Tensor> workspace;
   auto allocate = [&](int64_t bytes) { return workspace.emplace_back(new_tensor(like, {bytes}, ScalarType::Byte)).data_ptr(); };
-  if (p.m <= kGemvTokens) return fp4::run_gemv(p, allocate, current_stream(like));
+  if (p.m <= kGemvTokens && p.operand != kE4m3) return fp4::run_gemv(p, allocate, current_stream(like));
   fp4::run_gemm_sm90(p, allocate, current_stream(like));
 }
 
@@ -296,7 +293,7 @@ std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::option
   operand = operand_for(p.m, operand, p.x_is_bf16);
   const bool library = operand == kE4m3Rows;
   p.token_tile = static_cast<int>(token_tile(p.m));
-  p.natural = p.token_tile == 8;
+  p.natural = p.token_tile == 8 && operand < kE4m3;
   p.quantize = quantize;
   p.operand = kernel_operand(operand);
   p.rows = library;
@@ -381,7 +378,7 @@ Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tens
   return gemms(tokens, token_scale, {{packed}, {row_scale}, {bias}}, m, operand, out_is_bf16, split)[0];
 }
 
-// One launch for all of them. Up to a few tokens, one altogether. Returns what gemms does.
+// One launch for all of them. Returns what gemms does.
 std::vector<Tensor> prepared_linears(const Tensor& x, const std::vector<Tensor>& packed,
                                      const std::vector<Tensor>& row_scale,
                                      const std::vector<std::optional<Tensor>>& bias, const std::optional<Tensor>& global,
@@ -392,20 +389,11 @@ std::vector<Tensor> prepared_linears(const Tensor& x, const std::vector<Tensor>&
                   row_scale.size(), " and ", bias.size());
   const Linears linears{packed, row_scale, bias};
   const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16;
-  const int64_t format = format_of(packed[0]), m = tokens_of(x), k_tiles = packed[0].size(-2);
-  STD_TORCH_CHECK(div_up(x.size(-1), 64) == k_tiles, "x has ", x.size(-1), " features, the weight does not");
-  const bool per_token = quantize && format == kNvfp4 && !global.has_value();  // needs all of a token first
-  if (m > kFusedTokens || per_token || m * k_tiles * 128 > fused_bytes(quantize) || linears.rows() > kFusedRows) {
-    auto [tokens, token_scale] = prepare_activation(x, global, format, operand, quantize, hadamard, rule);
-    return gemms(tokens, token_scale, linears, m, operand, out_is_bf16, 0);
-  }
-  const fp4::ActivationProblem a = activation_problem(x, global, format, hadamard, rule);
-  check_operand(a, operand, quantize);
-  const DeviceGuard guard(x.get_device_index());
-  std::vector<Tensor> out;
-  const fp4::GemmProblem p = gemm_problem(linears, x, m, operand_for(m, operand, out_is_bf16), out_is_bf16, out);
-  fp4::run_gemv_fused(p, {a.x, quantize ? a.global : nullptr, a.k, a.hadamard, a.rule, quantize}, current_stream(x));
-  return out;
+  const int64_t m = tokens_of(x);
+  STD_TORCH_CHECK(div_up(x.size(-1), 64) == packed[0].size(-2), "x has ", x.size(-1), " features, the weight does not");
+  if (operand == kE4m3 && m < kE4m3Tokens && linears.rows() > most_bf16_rows(m)) operand = kE4m3Tiles;
+  auto [tokens, token_scale] = prepare_activation(x, global, format_of(packed[0]), operand, quantize, hadamard, rule);
+  return gemms(tokens, token_scale, linears, m, operand, out_is_bf16, 0);
 }
 
 // Rows of a tile, by rows per expert on average.

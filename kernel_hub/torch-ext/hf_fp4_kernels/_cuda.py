@@ -26,8 +26,6 @@ def _operand_for(m, operand, dtype):
     """What m tokens are made into: operand_for in torch_binding.cpp. Rows are for the library's product; else tiles."""
     if operand < OPERANDS["e4m3"]:
         return operand
-    if m <= _GEMV_TOKENS:
-        return OPERANDS["bf16"]
     if operand != OPERANDS["e4m3"]:
         return operand
     if m < _E4M3_TOKENS:
