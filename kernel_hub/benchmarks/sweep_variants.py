@@ -3,10 +3,10 @@
     python benchmarks/sweep_variants.py [--m 1 64] [--format mxfp4] [--operand e4m3_tiles e4m3_rows] [--json out.json]
 
 Whole linears (rotation, activation quantization, product) in CUDA graphs with cold weights, like benchmark_linear.py; one
-line per problem: `linear` (the released choice; one or two tokens take a single kernel), then the variants, fastest
-first. Variants are named 1000 * operand + split (problems.choices). A variant whose result is wrong, or differs between two
-runs, or that raises, is FAILED and not timed. The work is done by a second process, so that a variant that hangs or breaks
-the CUDA context costs a restart and not the sweep.
+line per problem: `linear` (the released choice), then the variants, fastest first. Variants are named
+1000 * operand + split (problems.choices). A variant whose result is wrong, or differs between two runs, or that raises, is
+FAILED and not timed. The work is done by a second process, so that a variant that hangs or breaks the CUDA context costs a
+restart and not the sweep.
 """
 
 import argparse

@@ -215,9 +215,8 @@ __device__ __forceinline__ void consumer_sync() { named_sync<kConsumers>(kOfCons
 
 // A stage's tiles are multiplied into `sums`, which then are added to `acc`. 256 tokens leave no registers for all sums: they are
 // taken 128 tokens at a time. The two warpgroups of a block that is alone on its multiprocessor take turns: one gives the tensor
-// cores a stage's products while the other adds its last ones and expands its next tiles. (Left alone, both wait for the same
-// stage and stay in step, and the tensor cores for both.) What an expansion reads is on its way early, but with 256 tokens, again
-// for want of registers.
+// cores a stage's products while the other adds its last ones and expands its next tiles. What an expansion reads is on its way
+// before it, but with 256 tokens, again for want of registers.
 //
 // `at` is the first stage and becomes the one after the last.
 template <class T, int kTokens>

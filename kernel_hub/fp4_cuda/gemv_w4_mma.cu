@@ -9,7 +9,6 @@
 // Up to 8 tokens come in an order of their own, of which any number can be copied alone; 9 to 16 as wgmma takes them, since for
 // many rows gemm_w4_sm90.cu is faster.
 #include <algorithm>
-#include <type_traits>
 
 #include "expand_fp4.cuh"
 #include "fp4_kernels.h"

@@ -47,20 +47,19 @@ int64_t tokens_of(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t kGemvTokens = 16;
-// mxfp4 W4A4: so many tokens are multiplied in E4M3, expanded inside the product; for fewer, bf16 operands hold the values
-// just as exactly. So many are left to the library's FP8 product, which writes bf16 only, after the weight was expanded.
-// The same numbers are in _cuda.py.
-constexpr int64_t kE4m3Tokens = 17, kLibraryTokens = 2048;
+// mxfp4 W4A4: more tokens than kGemvTokens are multiplied in E4M3, expanded inside the product; for fewer, bf16 operands hold the
+// values just as exactly. kLibraryTokens are left to the library's FP8 product, which writes bf16 only, after the weight was
+// expanded. The same numbers are in _cuda.py.
+constexpr int64_t kGemvTokens = 16, kLibraryTokens = 2048;
 
-// Fewer tokens are multiplied in E4M3 too where there are more output features than this: bf16 takes more instructions to expand.
+// A few tokens are multiplied in E4M3 too where there are more output features than this: bf16 takes more instructions to expand.
 constexpr int64_t most_bf16_rows(int64_t m) { return m <= 8 ? 25344 : 4224; }
 
 // What m tokens are made into: kBf16, kFp16, kE4m3Tiles or kE4m3Rows.
 int64_t operand_for(int64_t m, int64_t operand, bool out_is_bf16) {
   if (operand < kE4m3) return operand;
   if (operand != kE4m3) return operand;
-  if (m < kE4m3Tokens) return kBf16;
+  if (m <= kGemvTokens) return kBf16;
   return m >= kLibraryTokens && out_is_bf16 ? kE4m3Rows : kE4m3Tiles;
 }
 
@@ -391,7 +390,7 @@ std::vector<Tensor> prepared_linears(const Tensor& x, const std::vector<Tensor>&
   const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   const int64_t m = tokens_of(x);
   STD_TORCH_CHECK(div_up(x.size(-1), 64) == packed[0].size(-2), "x has ", x.size(-1), " features, the weight does not");
-  if (operand == kE4m3 && m < kE4m3Tokens && linears.rows() > most_bf16_rows(m)) operand = kE4m3Tiles;
+  if (operand == kE4m3 && m <= kGemvTokens && linears.rows() > most_bf16_rows(m)) operand = kE4m3Tiles;
   auto [tokens, token_scale] = prepare_activation(x, global, format_of(packed[0]), operand, quantize, hadamard, rule);
   return gemms(tokens, token_scale, linears, m, operand, out_is_bf16, 0);
 }

@@ -19,7 +19,7 @@ def _div_up(a, b):
     return (a + b - 1) // b
 
 
-_GEMV_TOKENS, _E4M3_TOKENS, _LIBRARY_TOKENS = 16, 17, 2048  # of torch_binding.cpp
+_GEMV_TOKENS, _LIBRARY_TOKENS = 16, 2048  # of torch_binding.cpp
 
 
 def _operand_for(m, operand, dtype):
@@ -28,7 +28,7 @@ def _operand_for(m, operand, dtype):
         return operand
     if operand != OPERANDS["e4m3"]:
         return operand
-    if m < _E4M3_TOKENS:
+    if m <= _GEMV_TOKENS:
         return OPERANDS["bf16"]
     return OPERANDS["e4m3_rows" if m >= _LIBRARY_TOKENS and dtype == torch.bfloat16 else "e4m3_tiles"]
 
