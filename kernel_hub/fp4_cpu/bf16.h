@@ -15,10 +15,10 @@ struct Bf16Operand {
     return (Pairs)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)words.part[0], 4 * step), (__m512i)values);
   }
   static INLINE Rows weights(const Words& words, int step) {
-    return {{(Floats)select(words, step, Pairs{0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
-                                               0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
-                                               0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
-                                               0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0})}};
+    return {{(Floats)select(words, step,
+                            Pairs{0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80,
+                                  0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0, 0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040,
+                                  0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0})}};
   }
   // Scaled as integers, by instructions that leave alone the two units of `vdpbf16ps`. E2M1 times E4M3 or a power of two has at
   // most 6 significant bits: bf16 holds it, and its bits are those of twice the value less those of 2 over the scale. Only 1.5,

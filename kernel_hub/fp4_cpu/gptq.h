@@ -15,7 +15,8 @@ INLINE Rows load_rows(const float* from, int64_t count, float rest) {
 INLINE void store_rows(float* to, int64_t count, const Rows& rows) { __builtin_memcpy(to, &rows, count * sizeof(float)); }
 
 // rest[j] -= sum over i of factors[i][j] change[i]
-INLINE void subtract_products(Rows* rest, int64_t count, const float* factors, int64_t stride, const Rows* change, int64_t size) {
+INLINE void subtract_products(Rows* rest, int64_t count, const float* factors, int64_t stride, const Rows* change,
+                              int64_t size) {
   for (int64_t j = 0; j < count; ++j) {
     Rows value = rest[j];
     for (int64_t i = 0; i < size; ++i) {
@@ -69,11 +70,13 @@ INLINE RowSteps row_steps(const Ints (&byte)[kParts], Format format, const float
 
 // Moves each row's scale to a neighbour on its grid, and the values with it, where that lowers the error.
 INLINE void rescale(const DescendBlock& d, const float* square, Rows* values, Rows* gradient, Ints (&stored)[kParts]) {
-  const int size = static_cast<int>(group_of(d.format)), low = d.format == kNvfp4 ? 1 : 0, high = d.format == kNvfp4 ? 0x7e : 254;
+  const int size = static_cast<int>(group_of(d.format)), low = d.format == kNvfp4 ? 1 : 0,
+            high = d.format == kNvfp4 ? 0x7e : 254;
   Rows wanted[32], change[32] = {}, least = {};
   Ints chosen[kParts];
   EACH_PART chosen[p] = stored[p];
-  for (int i = 0; i < size; ++i) EACH_PART wanted[i].part[p] = values[i].part[p] + gradient[i].part[p] / square[i * d.stride + i];
+  for (int i = 0; i < size; ++i)
+    EACH_PART wanted[i].part[p] = values[i].part[p] + gradient[i].part[p] / square[i * d.stride + i];
   for (int move = -1; move <= 1; move += 2) {
     Ints byte[kParts];
     EACH_PART {
@@ -135,8 +138,7 @@ static void descend(const DescendBlock& d, int64_t begin, int64_t end) {
       }
       rescale(d, square, values, gradient + first, stored);
       Rows risen[32];
-      for (int64_t i = 0; i < size; ++i)
-        EACH_PART {
+      for (int64_t i = 0; i < size; ++i) EACH_PART {
           risen[i].part[p] = values[i].part[p] - moved[i].part[p];
           moved[i].part[p] = -risen[i].part[p];
         }

@@ -32,8 +32,8 @@ INLINE Rows load_e4m3(const uint8_t* bytes) {
 }
 
 #include "activation.h"
-#include "product.h"
 #include "gptq.h"
+#include "product.h"
 
 // A few tokens: bytes of codes become bf16 in two look-ups, and these floats, so that a row's four k lie side by side.
 struct FourByFour {
@@ -69,9 +69,10 @@ struct FourByFour {
             number[t] = _mm256_permutevar8x32_ps(load<Floats>(x + t * k + first + k8), places[nibble]);
 #pragma GCC unroll 4
           for (int c = 0; c < 4; ++c) {
-            const __m256 weights = (__m256)(c % 2 == 0 ? _mm256_unpacklo_epi16(zero, pairs[c / 2])
-                                                       : _mm256_unpackhi_epi16(zero, pairs[c / 2]));
-            for (int t = 0; t < kCount; ++t) sum[t].part[4 * h + c] = _mm256_fmadd_ps(weights, number[t], sum[t].part[4 * h + c]);
+            const __m256 weights =
+                (__m256)(c % 2 == 0 ? _mm256_unpacklo_epi16(zero, pairs[c / 2]) : _mm256_unpackhi_epi16(zero, pairs[c / 2]));
+            for (int t = 0; t < kCount; ++t)
+              sum[t].part[4 * h + c] = _mm256_fmadd_ps(weights, number[t], sum[t].part[4 * h + c]);
           }
         }
       }
@@ -104,15 +105,11 @@ struct FourByFour {
 
 }  // namespace avx2
 
-const Kernels kAvx2 = {"avx2",
-                       kNever,
-                       avx2::activation,
-                       avx2::product<avx2::Directly<avx2::FourByFour>, avx2::FloatPanels>,
-                       nullptr,
-                       nullptr,
-                       avx2::solve,
-                       avx2::descend,
-                       avx2::scales};
+const Kernels kAvx2 = {
+    "avx2",       kNever,  avx2::activation, avx2::product<avx2::Directly<avx2::FourByFour>, avx2::FloatPanels>,
+    nullptr,      nullptr, avx2::solve,      avx2::descend,
+    avx2::scales,
+};
 
 }  // namespace fp4_cpu
 #endif

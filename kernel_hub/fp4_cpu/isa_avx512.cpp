@@ -16,8 +16,8 @@ constexpr int kWidth = 16, kPanelTokens = 8, kPanelBlocks = 2;
 INLINE Floats isa_multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
 INLINE Floats decode_e2m1(Ints words, int shift) {
-  const __m512 values = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f,
-                                       -4.0f, -6.0f);
+  const __m512 values =
+      _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
   return _mm512_permutexvar_ps((__m512i)(words >> shift), values);
 }
 
@@ -28,8 +28,8 @@ INLINE Rows load_e4m3(const uint8_t* bytes) {
 }
 
 #include "activation.h"
-#include "product.h"
 #include "gptq.h"
+#include "product.h"
 
 #include "bf16.h"
 #include "moments.h"
@@ -42,38 +42,36 @@ INLINE Rows load_e4m3(const uint8_t* bytes) {
 using FloatDirect = avx512::RowByRow<avx512::FloatOperand, 4, 4, 2>;
 constexpr auto kFloatProduct = avx512::product<avx512::Directly<FloatDirect>, avx512::FloatPanels>;
 
-const Kernels kAvx512 = {"avx512",
-                         kNever,
-                         avx512::activation,
-                         kFloatProduct,
-                         nullptr,
-                         nullptr,
-                         avx512::solve,
-                         avx512::descend,
-                         avx512::scales};
-const Kernels kAvx512Bf16 = {"avx512_bf16",
-                             0,
-                             avx512::activation,
-                             kFloatProduct,
-                             avx512::product<avx512::Directly<avx512::Bf16Direct>>,
-                             avx512::interleave,
-                             avx512::solve,
-                             avx512::descend,
-                             avx512::scales,
-                             avx512::pack_moments,
-                             avx512::add_moments<avx512::DotMoments>};
+const Kernels kAvx512 = {
+    "avx512", kNever, avx512::activation, kFloatProduct, nullptr, nullptr, avx512::solve, avx512::descend, avx512::scales,
+};
+const Kernels kAvx512Bf16 = {
+    "avx512_bf16",
+    0,
+    avx512::activation,
+    kFloatProduct,
+    avx512::product<avx512::Directly<avx512::Bf16Direct>>,
+    avx512::interleave,
+    avx512::solve,
+    avx512::descend,
+    avx512::scales,
+    avx512::pack_moments,
+    avx512::add_moments<avx512::DotMoments>,
+};
 
-const Kernels kAmx = {"amx",
-                      FloatDirect::kMost + 1,
-                      avx512::activation,
-                      kFloatProduct,
-                      avx512::product<avx512::InPanels<avx512::AmxPanel>>,
-                      nullptr,
-                      avx512::solve,
-                      avx512::descend,
-                      avx512::scales,
-                      avx512::pack_moments,
-                      avx512::add_moments<avx512::AmxMoments>};
+const Kernels kAmx = {
+    "amx",
+    FloatDirect::kMost + 1,
+    avx512::activation,
+    kFloatProduct,
+    avx512::product<avx512::InPanels<avx512::AmxPanel>>,
+    nullptr,
+    avx512::solve,
+    avx512::descend,
+    avx512::scales,
+    avx512::pack_moments,
+    avx512::add_moments<avx512::AmxMoments>,
+};
 
 }  // namespace fp4_cpu
 #endif

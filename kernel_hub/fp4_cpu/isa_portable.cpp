@@ -8,7 +8,8 @@ constexpr int kWidth = 4, kPanelTokens = 2, kPanelBlocks = 1;
 
 #include "simd.h"
 
-constexpr float kE2m1[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+constexpr float kE2m1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                             -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
 INLINE Floats isa_multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 
@@ -26,21 +27,23 @@ INLINE Rows load_e4m3(const uint8_t* bytes) {
 }
 
 #include "activation.h"
-#include "product.h"
 #include "gptq.h"
+#include "product.h"
 
 }  // namespace portable
 
 using PortableProduct = portable::RowByRow<portable::FloatOperand, 2, 4>;
 
-const Kernels kPortable = {"portable",
-                           kNever,
-                           portable::activation,
-                           portable::product<portable::Directly<PortableProduct>, portable::FloatPanels>,
-                           nullptr,
-                           nullptr,
-                           portable::solve,
-                           portable::descend,
-                           portable::scales};
+const Kernels kPortable = {
+    "portable",
+    kNever,
+    portable::activation,
+    portable::product<portable::Directly<PortableProduct>, portable::FloatPanels>,
+    nullptr,
+    nullptr,
+    portable::solve,
+    portable::descend,
+    portable::scales,
+};
 
 }  // namespace fp4_cpu

@@ -11,7 +11,8 @@ enum Format { kNvfp4 = 0, kMxfp4 = 1 };
 enum Rule { kAbsmax = 0, kFourOverSix = 1, kMse = 2 };
 
 // A prepared weight is tiles of 16 rows x 64 k: the codes of 8 k at a time, one 32-bit word per row, then the scale bytes of
-// one group at a time, one per row. In a word the even k come first, so that 16-bit halves shifted by 4 j hold k = 2 j and 2 j + 1.
+// one group at a time, one per row. In a word the even k come first, so that 16-bit halves shifted by 4 j hold k = 2 j and 2 j
+// + 1.
 constexpr int64_t kRows = 16, kTile = 64, kCodeBytes = kRows * kTile / 2;
 
 constexpr int64_t group_of(Format format) { return format == kNvfp4 ? 16 : 32; }
@@ -82,7 +83,7 @@ struct ScaleSearch {
 struct Moments {
   const uint16_t *x, *original;  // bf16 [tokens, k]; original may be null
   int64_t tokens, token_tiles, k, panel;
-  float *second, *cross;                    // [k, k]
+  float *second, *cross;                     // [k, k]
   uint16_t *columns, *rows, *original_rows;  // [k / 16, token_tiles, 512] to work in
 };
 

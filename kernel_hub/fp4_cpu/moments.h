@@ -88,7 +88,8 @@ template <class Tiles, bool kTwoRows>
 INLINE void add_rows(const uint16_t* a, const Moments& m, float* total, int64_t columns) {
   const int64_t size = m.token_tiles * kTileNumbers;
   int64_t j = 0;
-  for (; j + 2 <= columns; j += 2) Tiles::template add<kTwoRows, true>(a, m.columns + j * size, m.token_tiles, total + j * 16, m.k);
+  for (; j + 2 <= columns; j += 2)
+    Tiles::template add<kTwoRows, true>(a, m.columns + j * size, m.token_tiles, total + j * 16, m.k);
   if (j < columns) Tiles::template add<kTwoRows, false>(a, m.columns + j * size, m.token_tiles, total + j * 16, m.k);
 }
 

@@ -362,8 +362,8 @@ __device__ __forceinline__ int quantize_mxfp4(const Chunk<kValues>& c, ScaleRule
   } else {
 #pragma unroll
     for (int i = 0; i < kValues; i += 2) {
-      q.v[i / 2] = pack_pair<T>(round_e2m1_magnitude(fabsf(c.v[i]) * inverse),
-                                round_e2m1_magnitude(fabsf(c.v[i + 1]) * inverse));
+      q.v[i / 2] =
+          pack_pair<T>(round_e2m1_magnitude(fabsf(c.v[i]) * inverse), round_e2m1_magnitude(fabsf(c.v[i + 1]) * inverse));
     }
   }
   copy_signs(c, q);

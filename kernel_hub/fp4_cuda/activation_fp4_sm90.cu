@@ -112,8 +112,8 @@ enum class Output : int { kRotated, kTiled16, kPacked, kRows8, kTiled8, kPlain, 
 
 // Everything that follows the token's range: quantize one chunk and store it.
 template <typename T, Format F, Output O, int kValues>
-__device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token, int k0, const Chunk<kValues>& c,
-                                             float global, int token_exponent, bool store) {
+__device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token, int k0, const Chunk<kValues>& c, float global,
+                                             int token_exponent, bool store) {
   if constexpr (O == Output::kRotated) {
     if (store) store_tiled16(a, token, k0, pack<T>(c));
   } else if constexpr (O == Output::kRotatedPlain) {
@@ -254,9 +254,19 @@ void launch(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
 
 template <typename T>
 void dispatch(const ActivationProblem& p, cudaStream_t stream) {
-  const ActivationArgs a{p.x,          p.global, p.out,        p.scales,   p.token_scale,
-                         p.m,          p.k,      p.k_padded,   p.token_tile, p.hadamard,
-                         static_cast<ScaleRule>(p.rule), p.natural, p.experts};
+  const ActivationArgs a{p.x,
+                         p.global,
+                         p.out,
+                         p.scales,
+                         p.token_scale,
+                         p.m,
+                         p.k,
+                         p.k_padded,
+                         p.token_tile,
+                         p.hadamard,
+                         static_cast<ScaleRule>(p.rule),
+                         p.natural,
+                         p.experts};
   const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
   const bool dynamic = nvfp4 && p.global == nullptr;
   if (p.gated) {

@@ -100,8 +100,7 @@ __device__ __forceinline__ void write_output(const GemmArgs& args, const GemmPar
         float* x = v[b][h];
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = x[i] * (row_scale[h][i] * token_scale[b]) + added[h][i];
-        *reinterpret_cast<uint2*>(out + h * kRows / 2) =
-            make_uint2(pack_pair<Out>(x[0], x[1]), pack_pair<Out>(x[2], x[3]));
+        *reinterpret_cast<uint2*>(out + h * kRows / 2) = make_uint2(pack_pair<Out>(x[0], x[1]), pack_pair<Out>(x[2], x[3]));
       }
     }
   }
@@ -147,8 +146,8 @@ ClusterCounts count_clusters(Kernel kernel, int threads, int smem) {
   return active;
 }
 
-// One block: rows and tokens of its results, its threads and shared memory; bytes of weights per tile of 64 k, bytes of its sums,
-// and the tensor cores' time per tile.
+// One block: rows and tokens of its results, its threads and shared memory; bytes of weights per tile of 64 k, bytes of its
+// sums, and the tensor cores' time per tile.
 struct BlockShape {
   int rows, tokens, threads, smem;
   int weights, sums;
@@ -163,8 +162,8 @@ struct Room {
   ClusterCounts shared, alone;
 };
 
-// How K is divided: over so many blocks of a cluster, or kStreamed. By the shortest estimated time. A tile of k takes as long as
-// the slowest of three: what comes from memory, the tensor cores, and the latency of one step. They are fitted, only their
+// How K is divided: over so many blocks of a cluster, or kStreamed. By the shortest estimated time. A tile of k takes as long
+// as the slowest of three: what comes from memory, the tensor cores, and the latency of one step. They are fitted, only their
 // ratios count, and they are not those of the hardware: under them the choices are nearly the best of what an H200 took
 // (sweep_variants.py).
 inline int choose_split(const Room& room, const BlockShape& block, int token_blocks, int row_blocks, int k_tiles) {
@@ -189,7 +188,7 @@ inline int choose_split(const Room& room, const BlockShape& block, int token_blo
   }
   if (block.per_sm == 1) {
     const int blocks = room.shared[1];
-    const float share = static_cast<float>(items) / blocks;       // of a block, in items
+    const float share = static_cast<float>(items) / blocks;        // of a block, in items
     const float links = std::max(1.0f, std::ceil(1 / share) - 1);  // blocks that an item goes through after the first
     consider(kStreamed, share * k_tiles * tile_ns(blocks, 1) + kStart * (std::ceil(share) + 1) +
                             links * (kHand + blocks * static_cast<float>(block.sums) / kPeers));

@@ -38,7 +38,7 @@ struct Traits {
   static constexpr int kConsumers = 128 * kGroups, kProducers = kMoveRegisters ? 128 : 32;
   static constexpr int kThreads = kConsumers + kProducers;
   static constexpr int kTokenWarps = kMoveRegisters ? 3 : 1, kFirstTokenWarp = kMoveRegisters ? 1 : 0;  // of the producers
-  static constexpr int kLaneExperts = kMoveRegisters ? 2 : 4;         // of find_segment, which takes registers
+  static constexpr int kLaneExperts = kMoveRegisters ? 2 : 4;      // of find_segment, which takes registers
   static constexpr int kLaneTokens = kTokens / (4 * kTokenWarps);  // of a producer
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kWeightTile = tile_bytes(kFormat), kTokenTile = kTokens * kTileK * 2;

@@ -33,9 +33,7 @@ constexpr int kTileCodeBytes = kSlicesPerTile * kSliceCodeBytes;
 constexpr int kTileBytesNvfp4 = kTileCodeBytes + kSlicesPerTile * kSliceRows * 4;
 constexpr int kTileBytesMxfp4 = kTileCodeBytes + kSlicesPerTile * kSliceRows * 2;
 
-__host__ __device__ constexpr int tile_bytes(Format f) {
-  return f == Format::kNvfp4 ? kTileBytesNvfp4 : kTileBytesMxfp4;
-}
+__host__ __device__ constexpr int tile_bytes(Format f) { return f == Format::kNvfp4 ? kTileBytesNvfp4 : kTileBytesMxfp4; }
 
 // Where in a tile a lane's 16 bytes of codes are, and its two scale bytes (rows g, g+8).
 __host__ __device__ constexpr int codes_offset(int slice, int lane) { return slice * kSliceCodeBytes + lane * 16; }
@@ -78,8 +76,7 @@ __device__ __forceinline__ uint32_t place_code(Format f, int i, uint32_t code) {
 
 __device__ __forceinline__ uint32_t extract_code(Format f, int i, uint32_t word) {
   const CodeBits b = code_bits(f, i);
-  return ((word >> b.m0) & 1) | (((word >> b.m1) & 1) << 1) | (((word >> b.m2) & 1) << 2) |
-         (((word >> b.sign) & 1) << 3);
+  return ((word >> b.m0) & 1) | (((word >> b.m1) & 1) << 1) | (((word >> b.m2) & 1) << 2) | (((word >> b.sign) & 1) << 3);
 }
 
 // ---- Prepared scale bytes -------------------------------------------------------------------------------------------
@@ -140,9 +137,7 @@ void with_types(int operand, int format, const F& f) {
 // ---- Rounding -------------------------------------------------------------------------------------------------------
 // a >= 0 rounded to the E2M1 grid: adding and subtracting 2^23 * step rounds to a multiple of step, ties to even; the step is
 // half the power of two under a, and at least 0.5. In parts, the second of which has no upper limit.
-__device__ __forceinline__ float power_under(float a) {
-  return __uint_as_float(__float_as_uint(fmaxf(a, 1.0f)) & 0x7F800000u);
-}
+__device__ __forceinline__ float power_under(float a) { return __uint_as_float(__float_as_uint(fmaxf(a, 1.0f)) & 0x7F800000u); }
 __device__ __forceinline__ float round_under(float a, float power) {
   return fmaf(power, -4194304.0f, fmaf(power, 4194304.0f, a));
 }

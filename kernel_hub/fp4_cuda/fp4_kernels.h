@@ -17,7 +17,7 @@ struct Routing {
 };
 
 struct ActivationProblem {
-  const void* x;        // bf16 or fp16 [M, K]
+  const void* x;  // bf16 or fp16 [M, K]
   bool x_is_bf16;
   bool gated;           // x is [M, 2 K]: what is rotated is SiLU of the first K times the others. Tiles only
   const float* global;  // float32 [1], divisor, or null: per-token range
@@ -25,25 +25,25 @@ struct ActivationProblem {
   uint8_t* scales;
   float* token_scale;
   int m, k, k_padded;
-  int token_tile;       // tokens per tile of the tiled output
-  int hadamard;         // 0 or 16..128
-  int rule;             // ScaleRule
-  int format;           // Format
-  int operand;          // Operand of the output
-  bool rows;            // E4M3: row-major, for the library's product, instead of tiles
-  bool quantize;        // false: rotate only
-  bool packed;          // codes and row-major scales instead of tiles
-  bool plain;           // row-major values instead of tiles
-  bool natural;         // tiles of up to 8 tokens, for run_gemv
-  bool experts;         // run_experts follows, which reads the routing before it waits for this kernel
+  int token_tile;  // tokens per tile of the tiled output
+  int hadamard;    // 0 or 16..128
+  int rule;        // ScaleRule
+  int format;      // Format
+  int operand;     // Operand of the output
+  bool rows;       // E4M3: row-major, for the library's product, instead of tiles
+  bool quantize;   // false: rotate only
+  bool packed;     // codes and row-major scales instead of tiles
+  bool plain;      // row-major values instead of tiles
+  bool natural;    // tiles of up to 8 tokens, for run_gemv
+  bool experts;    // run_experts follows, which reads the routing before it waits for this kernel
 };
 
 // One linear: its weight and its results.
 struct GemmPart {
-  const uint8_t* weight;    // prepared weight
-  const float* row_scale;   // float32 [N]
-  const void* bias;         // output dtype [N], or null
-  void* out;                // bf16 or fp16 [M, N]
+  const uint8_t* weight;   // prepared weight
+  const float* row_scale;  // float32 [N]
+  const void* bias;        // output dtype [N], or null
+  void* out;               // bf16 or fp16 [M, N]
   int n;
 };
 
@@ -53,8 +53,8 @@ constexpr int kMostParts = 3;
 struct GemmProblem : GemmPart {
   GemmPart others[kMostParts - 1];
   int parts;
-  const void* x;            // tiled tokens
-  const float* token_scale; // float32 [1] or [M], or null
+  const void* x;             // tiled tokens
+  const float* token_scale;  // float32 [1] or [M], or null
   int token_scale_stride;
   bool out_is_bf16;
   int m, k_tiles;
@@ -62,9 +62,9 @@ struct GemmProblem : GemmPart {
   int format;
   int operand;
   // 0: all chosen here. Other values are for measuring and for tests.
-  // Up to 16 tokens of 16 bit (run_gemv): the variant, 1..4; of more than 8, 1..3, of which the last is run_gemm_sm90's, undivided.
-  // All others (run_gemm_sm90; the operand was chosen when the tokens were prepared, OPERANDS in _cuda.py): so many blocks of a
-  // cluster divide K, 1..8. 9, from 65 tokens on: K is streamed over all blocks.
+  // Up to 16 tokens of 16 bit (run_gemv): the variant, 1..4; of more than 8, 1..3, of which the last is run_gemm_sm90's,
+  // undivided. All others (run_gemm_sm90; the operand was chosen when the tokens were prepared, OPERANDS in _cuda.py): so many
+  // blocks of a cluster divide K, 1..8. 9, from 65 tokens on: K is streamed over all blocks.
   int split;
 };
 
@@ -73,16 +73,16 @@ using Allocate = std::function<void*(int64_t bytes)>;
 
 // One linear of all experts of a layer.
 struct ExpertsProblem {
-  const uint8_t* weight;    // prepared weights, [experts, ...]
-  const float* row_scale;   // float32 [experts, N]
-  const void* x;            // tokens in 16-bit tiles of one token
-  const float* token_scale; // float32 [1] or [tokens], or null
+  const uint8_t* weight;     // prepared weights, [experts, ...]
+  const float* row_scale;    // float32 [experts, N]
+  const void* x;             // tokens in 16-bit tiles of one token
+  const float* token_scale;  // float32 [1] or [tokens], or null
   int token_scale_stride;
-  const void* bias;         // output dtype [experts, N], or null
-  void* out;                // bf16 or fp16 [rows, N]
+  const void* bias;  // output dtype [experts, N], or null
+  void* out;         // bf16 or fp16 [rows, N]
   bool out_is_bf16;
   int rows, n, k_tiles;
-  int tile;                 // rows of a tile: 8, 16, 32 or 96
+  int tile;  // rows of a tile: 8, 16, 32 or 96
   int format;
   int operand;
   Routing routing;
@@ -103,7 +103,7 @@ struct PrepareProblem {
   float* row_scale;
   int n, k;
   int format;
-  int experts;            // so many matrices one after the other, `global` has one value for each
+  int experts;  // so many matrices one after the other, `global` has one value for each
 };
 
 // Row-major E4M3 [N, K] of a prepared mxfp4 weight, and what to multiply each row by.

@@ -34,8 +34,12 @@ struct Shape {
   // next one while the results of one are written.
   static constexpr bool kManySegments = kBlocksPerSm == 1;
   static constexpr int kTilesPerStage = kE4m3 ? kPromoteTiles : kTokens <= 128 ? 2 : 1;
-  static constexpr int kStages = kE4m3 ? (kTokens == 64 ? 6 : kTokens == 256 ? 5 : 8)
-                                       : (kTokens <= 32 ? 6 : kTokens == 64 ? 4 : 5);
+  static constexpr int kStages = kE4m3 ? (kTokens == 64    ? 6
+                                          : kTokens == 256 ? 5
+                                                           : 8)
+                                       : (kTokens <= 32   ? 6
+                                          : kTokens == 64 ? 4
+                                                          : 5);
 };
 
 // Where a warpgroup's results lie between registers and memory: two buffers in turn of 64 rows of some tokens.
@@ -55,9 +59,9 @@ struct Traits : Shape<kOperand, kTokens> {
   static constexpr int kTokenOffset = (kGroups * kWeightStage + 127) / 128 * 128;
   static constexpr int kStageBytes = kTokenOffset + S::kTilesPerStage * kTokenTile;
   static constexpr int kWeightOffset = 0, kWeightStride = kStageBytes, kTokenStride = kStageBytes;
-  static constexpr bool kSwizzled = false;  // of consume16
+  static constexpr bool kSwizzled = false;                                     // of consume16
   static_assert(kWeightOffset + kWeightStride == kTokenStride && !kSwizzled);  // read here at least: E4M3 does not
-  static constexpr int kReduceStride = kRows + 4;  // what write_output reads
+  static constexpr int kReduceStride = kRows + 4;                              // what write_output reads
   static constexpr int kReduceBytes = kTokens * kReduceStride * 4;
   static constexpr int kRing = S::kStages * kStageBytes > kReduceBytes ? S::kStages * kStageBytes : kReduceBytes;
   static constexpr int kTableOffset = kRing + 256;  // after the barriers
@@ -89,8 +93,8 @@ struct Segment {
 template <class T>
 struct Work {
   int token_blocks, k_tiles, item_stages;
-  Range whole_k;            // of whole items: all, or the part of this block of the cluster
-  int first, step, wholes;  // whole items
+  Range whole_k;                           // of whole items: all, or the part of this block of the cluster
+  int first, step, wholes;                 // whole items
   int streamed_first, begin, end, pieces;  // item, and this block's part of the stages from there on
   __device__ __forceinline__ Work(const GemmArgs& args, int tokens)
       : token_blocks((args.p.m + tokens - 1) / tokens),
@@ -114,7 +118,7 @@ struct Work {
   static __device__ __forceinline__ int stages_for(int tiles) { return (tiles + T::kTilesPerStage - 1) / T::kTilesPerStage; }
   __device__ __forceinline__ int stages() const { return end - begin + wholes * stages_for(whole_k.count); }
   __device__ __forceinline__ int segments() const { return pieces + wholes; }
-  __device__ __forceinline__ bool hands_on() const { return end % item_stages != 0; }        // segment 0
+  __device__ __forceinline__ bool hands_on() const { return end % item_stages != 0; }  // segment 0
   __device__ __forceinline__ bool takes_over(int i) const { return i + 1 == pieces && begin % item_stages != 0; }
   __device__ __forceinline__ Segment segment(int i) const {
     if (i >= pieces) return {first + (i - pieces) * step, whole_k};
@@ -213,10 +217,10 @@ __device__ __forceinline__ void named_arrive(int barrier) {
 }
 __device__ __forceinline__ void consumer_sync() { named_sync<kConsumers>(kOfConsumers); }
 
-// A stage's tiles are multiplied into `sums`, which then are added to `acc`. 256 tokens leave no registers for all sums: they are
-// taken 128 tokens at a time. The two warpgroups of a block that is alone on its multiprocessor take turns: one gives the tensor
-// cores a stage's products while the other adds its last ones and expands its next tiles. What an expansion reads is on its way
-// before it, but with 256 tokens, again for want of registers.
+// A stage's tiles are multiplied into `sums`, which then are added to `acc`. 256 tokens leave no registers for all sums: they
+// are taken 128 tokens at a time. The two warpgroups of a block that is alone on its multiprocessor take turns: one gives the
+// tensor cores a stage's products while the other adds its last ones and expands its next tiles. What an expansion reads is on
+// its way before it, but with 256 tokens, again for want of registers.
 //
 // `at` is the first stage and becomes the one after the last.
 template <class T, int kTokens>
@@ -256,8 +260,7 @@ __device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, int tiles, uin
     const uint64_t first = tokens + (at.stage * T::kStageBytes + tile * T::kTokenTile) / 16 + part * kPart;
     wgmma_fence();
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
-      Wgmma<Operand::kE4m3, kPart>::run(sums, a[tile][j], first + j * kTokens * 2, tile + j > 0);
+    for (int j = 0; j < 2; ++j) Wgmma<Operand::kE4m3, kPart>::run(sums, a[tile][j], first + j * kTokens * 2, tile + j > 0);
     wgmma_commit();
   };
   auto promote = [&](int part) {
@@ -270,7 +273,8 @@ __device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, int tiles, uin
   };
   // The stage of tiles i and i + 1.
   auto stage = [&](int i, bool far_from_end) {
-    const bool two = far_from_end || i + 1 < tiles, more = far_from_end || i + 2 < tiles, two_more = far_from_end || i + 3 < tiles;
+    const bool two = far_from_end || i + 1 < tiles, more = far_from_end || i + 2 < tiles,
+               two_more = far_from_end || i + 3 < tiles;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       if (part > 0) promote(part - 1);
@@ -308,8 +312,7 @@ __device__ __forceinline__ void store_accumulators(uint32_t reduce, const float 
 #pragma unroll
   for (int i = 0; i < kTokens / 8; ++i)
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      store_shared4(reduce + ((8 * i + j % 2) * T::kReduceStride + j / 2 * 8) * 4, acc[4 * i + j]);
+    for (int j = 0; j < 4; ++j) store_shared4(reduce + ((8 * i + j % 2) * T::kReduceStride + j / 2 * 8) * 4, acc[4 * i + j]);
 }
 
 // A block hands its sums of an item on to the next one, which goes on with it. Consumers neither wait until their sums are
@@ -363,8 +366,8 @@ __device__ __forceinline__ void carry_messages(const Exchange& exchange, const W
   if (work.pieces > 1) take();
 }
 
-// Where K is not divided, each warpgroup writes its 64 rows without the other: of some tokens at a time, transposed, so that 128
-// bytes of a token are written together. `turn`: the buffer that is next. The same bits as by write_output.
+// Where K is not divided, each warpgroup writes its 64 rows without the other: of some tokens at a time, transposed, so that
+// 128 bytes of a token are written together. `turn`: the buffer that is next. The same bits as by write_output.
 template <int kTokens, typename Out>
 __device__ __forceinline__ void write_rows(const GemmArgs& args, const GemmPart& part, int row_block, int token_block,
                                            uint32_t staging, int& turn, const float (&acc)[kTokens / 2]) {
@@ -428,8 +431,8 @@ __device__ __forceinline__ void write_rows(const GemmArgs& args, const GemmPart&
 
 // The results of one item.
 template <class T, int kTokens, typename Out>
-__device__ __forceinline__ void write(const GemmArgs& args, const GemmPart& part, uint32_t base, int row_block,
-                                      int token_block, int& turn, const float (&acc)[kTokens / 2]) {
+__device__ __forceinline__ void write(const GemmArgs& args, const GemmPart& part, uint32_t base, int row_block, int token_block,
+                                      int& turn, const float (&acc)[kTokens / 2]) {
   if (gridDim.x == 1) {  // the ring stays as it is: it may be being filled for the next item
     return write_rows<kTokens, Out>(args, part, row_block, token_block, base + T::kStagingOffset, turn, acc);
   }

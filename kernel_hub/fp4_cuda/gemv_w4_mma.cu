@@ -111,8 +111,8 @@ struct Feed {
   __device__ __forceinline__ void copy_tokens() const {
     using P = Places<S, kFormat>;
     const int64_t from = static_cast<int64_t>(first + tile) * S::kTokenBytes;
-    bulk_copy(ring + slot * stage_bytes + P::kWeights, static_cast<const uint8_t*>(args.p.x) + from,
-              P::token_bytes(args.p.m), barrier(), policy_evict_last());
+    bulk_copy(ring + slot * stage_bytes + P::kWeights, static_cast<const uint8_t*>(args.p.x) + from, P::token_bytes(args.p.m),
+              barrier(), policy_evict_last());
   }
   __device__ __forceinline__ void next() {
     slot = slot + 1 == S::kStages ? 0 : slot + 1;

@@ -9,9 +9,7 @@
 
 namespace fp4 {
 
-__device__ __forceinline__ uint32_t smem_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+__device__ __forceinline__ uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 __device__ __forceinline__ uint4 load_shared16(uint32_t address) {
   uint4 v;
@@ -33,16 +31,14 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-__device__ __forceinline__ void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // What a whole warp calls and one of its lanes does: a branch to that lane would keep the compiler from addresses that are the
 // same in all lanes, which copies need, and make it look for the lane and move them for each copy.
 #define FP4_ELECTED(instruction) "{\n.reg .pred one;\nelect.sync _|one, 0xFFFFFFFF;\n@one " instruction "\n}\n"
 
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile(FP4_ELECTED("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;") ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile(FP4_ELECTED("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;")::"r"(barrier), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
@@ -70,12 +66,13 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 }
 
 // Bulk copy of bytes (a multiple of 16) from global to this block's shared memory, counted by the barrier. By one lane.
-__device__ __forceinline__ void bulk_copy(uint32_t dst, const void* src, uint32_t bytes, uint32_t barrier,
-                                          uint64_t policy) {
-  asm volatile(FP4_ELECTED(
-                   "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;")
-               ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
-               : "memory");
+__device__ __forceinline__ void bulk_copy(uint32_t dst, const void* src, uint32_t bytes, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      FP4_ELECTED(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;")::
+          "r"(dst),
+      "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
 }
 
 // Copies of 16 bytes by this thread, and the wait for all but the last kPending groups of them.
@@ -129,7 +126,8 @@ __device__ __forceinline__ void prefetch_row_data(const float* row_scale, const 
   if (bias != nullptr) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint16_t*>(bias) + row));
 }
 
-// What this thread, and threads it was synchronized with, wrote before a release is there after an acquire that reads its value.
+// What this thread, and threads it was synchronized with, wrote before a release is there after an acquire that reads its
+// value.
 __device__ __forceinline__ void store_release(uint64_t* p, uint64_t v) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
@@ -158,8 +156,7 @@ inline int multiprocessors() {
 // Launches a kernel that may start before the previous one on the stream has ended: it must call grid_dependency_wait()
 // before it touches anything that an earlier kernel writes or reads.
 template <typename Args>
-void launch_after(void (*kernel)(Args), dim3 grid, dim3 block, int smem, int cluster, cudaStream_t stream,
-                  const Args& args) {
+void launch_after(void (*kernel)(Args), dim3 grid, dim3 block, int smem, int cluster, cudaStream_t stream, const Args& args) {
   cudaLaunchAttribute attributes[3];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;

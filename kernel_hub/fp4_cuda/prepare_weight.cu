@@ -113,8 +113,7 @@ __global__ void __launch_bounds__(128) restore_kernel(const PrepareProblem all, 
 // bytes k0, k2, k1, k3 of the tensor cores' order -> k0..k3
 __device__ __forceinline__ uint32_t in_order(uint32_t x) { return __byte_perm(x, 0, 0x3120); }
 
-__global__ void __launch_bounds__(128) expand_e4m3_kernel(const PrepareProblem p, uint8_t* out,
-                                                          float* out_scale) {
+__global__ void __launch_bounds__(128) expand_e4m3_kernel(const PrepareProblem p, uint8_t* out, float* out_scale) {
   const int k_tiles = (p.k + 63) / 64;
   const int tile_n = blockIdx.x / k_tiles, tile_k = blockIdx.x % k_tiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
@@ -153,10 +152,8 @@ void run_prepare(const PrepareProblem& p, cudaStream_t stream) {
 
 void run_restore(const PrepareProblem& p, uint8_t* weight, uint8_t* scale, cudaStream_t stream) {
   const dim3 tiles((p.n + 63) / 64 * ((p.k + 63) / 64), p.experts);
-  if (p.format == static_cast<int>(Format::kNvfp4))
-    restore_kernel<Format::kNvfp4><<<tiles, 128, 0, stream>>>(p, weight, scale);
-  else
-    restore_kernel<Format::kMxfp4><<<tiles, 128, 0, stream>>>(p, weight, scale);
+  if (p.format == static_cast<int>(Format::kNvfp4)) restore_kernel<Format::kNvfp4><<<tiles, 128, 0, stream>>>(p, weight, scale);
+  else restore_kernel<Format::kMxfp4><<<tiles, 128, 0, stream>>>(p, weight, scale);
   check_cuda(cudaGetLastError(), "restore_kernel");
 }
 

@@ -128,6 +128,6 @@ static int wrong_results(std::mt19937& random, int m, int k_tiles) {
 
 int main() {
   std::mt19937 random(0);
-  printf("%d %d %d %d\n", wrong_results<32>(random, 17, 3), wrong_results<64>(random, 64, 2),
-         wrong_results<128>(random, 65, 1), wrong_results<256>(random, 300, 3));
+  printf("%d %d %d %d\n", wrong_results<32>(random, 17, 3), wrong_results<64>(random, 64, 2), wrong_results<128>(random, 65, 1),
+         wrong_results<256>(random, 300, 3));
 }

@@ -3,12 +3,12 @@
 #include "torch_binding.h"
 
 #include <cuda_runtime.h>
-#include <algorithm>
-#include <array>
-#include <new>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <algorithm>
+#include <array>
+#include <new>
 
 #include "../fp4_cuda/fp4_kernels.h"
 #include "registration.h"
@@ -47,12 +47,13 @@ int64_t tokens_of(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// mxfp4 W4A4: more tokens than kGemvTokens are multiplied in E4M3, expanded inside the product; for fewer, bf16 operands hold the
-// values just as exactly. kLibraryTokens are left to the library's FP8 product, which writes bf16 only, after the weight was
-// expanded. The same numbers are in _cuda.py.
+// mxfp4 W4A4: more tokens than kGemvTokens are multiplied in E4M3, expanded inside the product; for fewer, bf16 operands hold
+// the values just as exactly. kLibraryTokens are left to the library's FP8 product, which writes bf16 only, after the weight
+// was expanded. The same numbers are in _cuda.py.
 constexpr int64_t kGemvTokens = 16, kLibraryTokens = 2048;
 
-// A few tokens are multiplied in E4M3 too where there are more output features than this: bf16 takes more instructions to expand.
+// A few tokens are multiplied in E4M3 too where there are more output features than this: bf16 takes more instructions to
+// expand.
 constexpr int64_t most_bf16_rows(int64_t m) { return m <= 8 ? 25344 : 4224; }
 
 // What m tokens are made into: kBf16, kFp16, kE4m3Tiles or kE4m3Rows.
@@ -139,16 +140,15 @@ void check_operand(const fp4::ActivationProblem& p, int64_t operand, bool quanti
 ScalarType output_type(bool out_is_bf16) { return out_is_bf16 ? ScalarType::BFloat16 : ScalarType::Half; }
 
 // Without the output.
-fp4::GemmPart gemm_part(const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
-                        bool out_is_bf16) {
+fp4::GemmPart gemm_part(const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias, bool out_is_bf16) {
   const int64_t n = row_scale.size(-1), experts = experts_of(packed);
   STD_TORCH_CHECK(div_up(n, 64) == packed.size(-3) && n % 16 == 0 && row_scale.numel() == experts * n,
                   "row_scale does not belong to this prepared weight");
   STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == experts * n && bias->scalar_type() == output_type(out_is_bf16) &&
                                         bias->is_contiguous()),
                   "bias must be contiguous [N], of experts [E, N], of the output dtype");
-  return {static_cast<const uint8_t*>(packed.data_ptr()), static_cast<const float*>(row_scale.data_ptr()),
-          data_or_null(bias), nullptr, static_cast<int>(n)};
+  return {static_cast<const uint8_t*>(packed.data_ptr()), static_cast<const float*>(row_scale.data_ptr()), data_or_null(bias),
+          nullptr, static_cast<int>(n)};
 }
 
 // The weights of linears with the same input.
@@ -213,8 +213,8 @@ std::tuple<Tensor, Tensor> prepare_weight(const Tensor& weight, const Tensor& sc
                   "weight_scale must be float8_e4m3fn (nvfp4) or uint8 (mxfp4)");
   const int64_t group = format == kNvfp4 ? 16 : 32;
   STD_TORCH_CHECK(n % 16 == 0 && k % group == 0, "N must be a multiple of 16 and K of ", group, ", got ", n, " x ", k);
-  STD_TORCH_CHECK(scale.is_contiguous() && scale.dim() == weight.dim() && scale.size(-2) == n &&
-                      scale.size(-1) == k / group && scale.numel() == experts * n * (k / group),
+  STD_TORCH_CHECK(scale.is_contiguous() && scale.dim() == weight.dim() && scale.size(-2) == n && scale.size(-1) == k / group &&
+                      scale.numel() == experts * n * (k / group),
                   "weight_scale must be a contiguous [N, K/", group, "] or, of experts, [E, N, K/", group, "]");
   STD_TORCH_CHECK(!global.has_value() || (global->numel() == experts && global->is_contiguous()),
                   "weight_global_scale must be contiguous, with one value for each expert");
@@ -224,8 +224,7 @@ std::tuple<Tensor, Tensor> prepare_weight(const Tensor& weight, const Tensor& sc
   const bool stacked = weight.dim() == 3;
   Tensor packed = stacked ? new_tensor(weight, {experts, div_up(n, 64), div_up(k, 64), tile}, ScalarType::Byte)
                           : new_tensor(weight, {div_up(n, 64), div_up(k, 64), tile}, ScalarType::Byte);
-  Tensor row_scale = stacked ? new_tensor(weight, {experts, n}, ScalarType::Float)
-                             : new_tensor(weight, {n}, ScalarType::Float);
+  Tensor row_scale = stacked ? new_tensor(weight, {experts, n}, ScalarType::Float) : new_tensor(weight, {n}, ScalarType::Float);
   fp4::PrepareProblem p = prepare_problem(packed, row_scale, n, k, format);
   p.weight = static_cast<const uint8_t*>(weight.data_ptr());
   p.scale = static_cast<const uint8_t*>(scale.data_ptr());
@@ -242,10 +241,9 @@ std::tuple<Tensor, Tensor> restore_weight(const Tensor& packed, const Tensor& ro
   const DeviceGuard guard(packed.get_device_index());
   const bool stacked = packed.dim() == 4;
   const ScalarType scale_type = format == kNvfp4 ? ScalarType::Float8_e4m3fn : ScalarType::Byte;
-  Tensor weight = stacked ? new_tensor(packed, {experts, n, k / 2}, ScalarType::Byte)
-                          : new_tensor(packed, {n, k / 2}, ScalarType::Byte);
-  Tensor scale = stacked ? new_tensor(packed, {experts, n, scales}, scale_type)
-                         : new_tensor(packed, {n, scales}, scale_type);
+  Tensor weight =
+      stacked ? new_tensor(packed, {experts, n, k / 2}, ScalarType::Byte) : new_tensor(packed, {n, k / 2}, ScalarType::Byte);
+  Tensor scale = stacked ? new_tensor(packed, {experts, n, scales}, scale_type) : new_tensor(packed, {n, scales}, scale_type);
   fp4::run_restore(prepare_problem(packed, row_scale, n, k, format), static_cast<uint8_t*>(weight.data_ptr()),
                    static_cast<uint8_t*>(scale.data_ptr()), current_stream(packed));
   return {weight, scale};
@@ -257,8 +255,8 @@ std::tuple<Tensor, Tensor, Tensor> rotate_quantize(const Tensor& x, const std::o
   const DeviceGuard guard(x.get_device_index());
   const bool nvfp4 = format == kNvfp4;
   Tensor codes = new_tensor(x, {p.m, p.k / 2}, ScalarType::Byte);
-  Tensor scales = nvfp4 ? new_tensor(x, {p.m, p.k / 16}, ScalarType::Float8_e4m3fn)
-                        : new_tensor(x, {p.m, p.k / 32}, ScalarType::Byte);
+  Tensor scales =
+      nvfp4 ? new_tensor(x, {p.m, p.k / 16}, ScalarType::Float8_e4m3fn) : new_tensor(x, {p.m, p.k / 32}, ScalarType::Byte);
   Tensor token_scale = new_tensor(x, {nvfp4 && !global.has_value() ? p.m : 1}, ScalarType::Float);
   p.out = codes.data_ptr();
   p.scales = static_cast<uint8_t*>(scales.data_ptr());
@@ -269,8 +267,8 @@ std::tuple<Tensor, Tensor, Tensor> rotate_quantize(const Tensor& x, const std::o
   return {codes, scales, token_scale};
 }
 
-std::tuple<Tensor, Tensor> fake_quantize(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
-                                         bool quantize, int64_t hadamard, int64_t rule) {
+std::tuple<Tensor, Tensor> fake_quantize(const Tensor& x, const std::optional<Tensor>& global, int64_t format, bool quantize,
+                                         int64_t hadamard, int64_t rule) {
   fp4::ActivationProblem p = activation_problem(x, global, format, hadamard, rule);
   const DeviceGuard guard(x.get_device_index());
   const bool per_token = quantize && format == kNvfp4 && !global.has_value();
@@ -296,8 +294,8 @@ std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::option
   p.quantize = quantize;
   p.operand = kernel_operand(operand);
   p.rows = library;
-  const int64_t bytes = library ? static_cast<int64_t>(p.m) * p.k
-                                : div_up(p.m, p.token_tile) * p.token_tile * p.k_padded * bytes_of(operand);
+  const int64_t bytes =
+      library ? static_cast<int64_t>(p.m) * p.k : div_up(p.m, p.token_tile) * p.token_tile * p.k_padded * bytes_of(operand);
   const bool per_token = quantize && (operand >= kE4m3 || (format == kNvfp4 && !global.has_value()));
   Tensor tokens = new_tensor(x, {bytes}, library ? ScalarType::Float8_e4m3fn : ScalarType::Byte);
   Tensor token_scale = new_tensor(x, {per_token ? p.m : quantize ? 1 : 0}, ScalarType::Float);
@@ -323,7 +321,8 @@ static Tensor library_gemm(const Tensor& tokens, const Tensor& token_scale, cons
     const Tensor& packed = linears.packed[i];
     const fp4::GemmPart part = gemm_part(packed, linears.row_scale[i], linears.bias[i], true);
     fp4::run_expand_e4m3(prepare_problem(packed, linears.row_scale[i], part.n, k, kMxfp4),
-                         static_cast<uint8_t*>(weight.data_ptr()) + row * k, static_cast<float*>(scale.data_ptr()) + row, stream);
+                         static_cast<uint8_t*>(weight.data_ptr()) + row * k, static_cast<float*>(scale.data_ptr()) + row,
+                         stream);
     if (bias.has_value()) {
       uint16_t* to = static_cast<uint16_t*>(bias->data_ptr()) + row;
       const size_t bytes = part.n * sizeof(*to);
@@ -378,14 +377,13 @@ Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tens
 }
 
 // One launch for all of them. Returns what gemms does.
-std::vector<Tensor> prepared_linears(const Tensor& x, const std::vector<Tensor>& packed,
-                                     const std::vector<Tensor>& row_scale,
+std::vector<Tensor> prepared_linears(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<Tensor>& row_scale,
                                      const std::vector<std::optional<Tensor>>& bias, const std::optional<Tensor>& global,
                                      int64_t operand, bool quantize, int64_t hadamard, int64_t rule) {
-  STD_TORCH_CHECK(!packed.empty() && packed.size() <= fp4::kMostParts && packed.size() == row_scale.size() &&
-                      packed.size() == bias.size(),
-                  "1 to ", fp4::kMostParts, " linears with as many row scales and biases, got ", packed.size(), ", ",
-                  row_scale.size(), " and ", bias.size());
+  STD_TORCH_CHECK(
+      !packed.empty() && packed.size() <= fp4::kMostParts && packed.size() == row_scale.size() && packed.size() == bias.size(),
+      "1 to ", fp4::kMostParts, " linears with as many row scales and biases, got ", packed.size(), ", ", row_scale.size(),
+      " and ", bias.size());
   const Linears linears{packed, row_scale, bias};
   const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   const int64_t m = tokens_of(x);
@@ -408,8 +406,8 @@ static bool is_integer(const Tensor& t) {
 }
 
 static fp4::Routing routing_of(const Tensor& offsets, const std::optional<Tensor>& index, int64_t experts) {
-  STD_TORCH_CHECK(is_integer(offsets) && offsets.numel() == experts + 1,
-                  "offsets must be contiguous CUDA int64 or int32 [", experts + 1, "]");
+  STD_TORCH_CHECK(is_integer(offsets) && offsets.numel() == experts + 1, "offsets must be contiguous CUDA int64 or int32 [",
+                  experts + 1, "]");
   STD_TORCH_CHECK(!index.has_value() || is_integer(*index), "index must be contiguous CUDA int64 or int32 [S]");
   fp4::Routing r = {};
   r.offsets = offsets.data_ptr();
@@ -483,8 +481,7 @@ Tensor grouped_linear(const Tensor& x, const Tensor& offsets, const std::optiona
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def("prepare_weight(Tensor weight, Tensor scale, Tensor? global_scale) -> (Tensor, Tensor)");
   ops.def("restore_weight(Tensor packed, Tensor row_scale, int n, int k) -> (Tensor, Tensor)");
-  ops.def(
-      "rotate_quantize(Tensor x, Tensor? global_scale, int format, int hadamard, int rule) -> (Tensor, Tensor, Tensor)");
+  ops.def("rotate_quantize(Tensor x, Tensor? global_scale, int format, int hadamard, int rule) -> (Tensor, Tensor, Tensor)");
   ops.def(
       "fake_quantize(Tensor x, Tensor? global_scale, int format, bool quantize, int hadamard, int rule)"
       " -> (Tensor, Tensor)");

@@ -54,8 +54,9 @@ bool is_matrix(const Tensor& t, ScalarType dtype) { return t.is_cpu() && t.dim()
 
 void check_global(const std::optional<Tensor>& global, bool needed) {
   STD_TORCH_CHECK(!needed || global.has_value(), "nvfp4 needs a global scale");
-  STD_TORCH_CHECK(!global.has_value() || (global->is_cpu() && global->numel() == 1 && global->scalar_type() == ScalarType::Float),
-                  "the global scale must be a float32 CPU tensor [1]");
+  STD_TORCH_CHECK(
+      !global.has_value() || (global->is_cpu() && global->numel() == 1 && global->scalar_type() == ScalarType::Float),
+      "the global scale must be a float32 CPU tensor [1]");
 }
 
 Format format_of(const Tensor& packed) {
@@ -92,9 +93,9 @@ uint32_t in_order(uint32_t word) {
 Activation activation_problem(const Tensor& x, const std::optional<Tensor>& global, int64_t format, int64_t hadamard,
                               int64_t rule, bool quantize) {
   const int64_t k = x.size(-1);
-  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() &&
-                      (x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Float),
-                  "x must be a contiguous CPU tensor in bfloat16 or float32");
+  STD_TORCH_CHECK(
+      x.is_cpu() && x.is_contiguous() && (x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Float),
+      "x must be a contiguous CPU tensor in bfloat16 or float32");
   STD_TORCH_CHECK(format == kNvfp4 || format == kMxfp4, "unknown format ", format);
   STD_TORCH_CHECK(k % group_of(static_cast<Format>(format)) == 0, "in_features must be a multiple of the group, got ", k);
   STD_TORCH_CHECK(hadamard == 0 || hadamard == 16 || hadamard == 32 || hadamard == 64 || hadamard == 128,
@@ -177,8 +178,7 @@ std::tuple<Tensor, Tensor> cpu_restore_weight(const Tensor& packed, int64_t n, i
   STD_TORCH_CHECK(n == packed.size(0) * kRows && k % group == 0 && div_up(k, kTile) == k_tiles, "restore_weight: ", n, " x ", k,
                   " is not the shape of this prepared weight");
   Tensor weight = new_tensor(packed, {n, k / 2}, ScalarType::Byte);
-  Tensor scale =
-      new_tensor(packed, {n, k / group}, format == kNvfp4 ? ScalarType::Float8_e4m3fn : ScalarType::Byte);
+  Tensor scale = new_tensor(packed, {n, k / group}, format == kNvfp4 ? ScalarType::Float8_e4m3fn : ScalarType::Byte);
   const uint8_t* from = data<uint8_t>(packed);
   uint8_t *codes = data<uint8_t>(weight), *scales = data<uint8_t>(scale);
   spread(n, k, [&](int64_t begin, int64_t end) {
@@ -200,8 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu_rotate_quantize(const Tensor& x, const st
   Activation a = activation_problem(x, global, format, hadamard, rule, true);
   const int64_t tokens = tokens_of(x), group = group_of(a.format);
   Tensor codes = new_tensor(x, {tokens, a.k / 2}, ScalarType::Byte);
-  Tensor scales =
-      new_tensor(x, {tokens, a.k / group}, a.format == kNvfp4 ? ScalarType::Float8_e4m3fn : ScalarType::Byte);
+  Tensor scales = new_tensor(x, {tokens, a.k / group}, a.format == kNvfp4 ? ScalarType::Float8_e4m3fn : ScalarType::Byte);
   Tensor token_scale = new_token_scale(x, a, tokens);
   a.codes = data<uint8_t>(codes);
   a.scales = data<uint8_t>(scales);
@@ -252,8 +251,9 @@ Tensor multiply(const Tokens& tokens, const Tensor& packed, const Tensor& row_sc
   STD_TORCH_CHECK(row_scale.is_cpu() && row_scale.numel() == p.n && row_scale.is_contiguous() &&
                       row_scale.scalar_type() == ScalarType::Float,
                   "row_scale does not belong to this prepared weight");
-  STD_TORCH_CHECK(!bias.has_value() || (bias->is_cpu() && bias->numel() == p.n && bias->scalar_type() == dtype && bias->is_contiguous()),
-                  "bias must be contiguous [N] of the output dtype");
+  STD_TORCH_CHECK(
+      !bias.has_value() || (bias->is_cpu() && bias->numel() == p.n && bias->scalar_type() == dtype && bias->is_contiguous()),
+      "bias must be contiguous [N] of the output dtype");
   const int64_t scales = tokens.scale == nullptr ? 0 : tokens.scale->numel();
   STD_TORCH_CHECK(scales <= 1 || scales == p.m, "token_scale must be [M], [1] or [0]");
   Tensor out = new_tensor(packed, {p.m, p.n}, dtype);
@@ -272,7 +272,8 @@ Tensor multiply(const Tokens& tokens, const Tensor& packed, const Tensor& row_sc
   if (tokens.are_bf16 && isa.interleave != nullptr && p.m > 1) {
     interleaved.reset(new uint16_t[p.m * k]);
     const auto* from = static_cast<const uint16_t*>(tokens.numbers);
-    spread(p.k_tiles, kTile * p.m, [&](int64_t begin, int64_t end) { isa.interleave(from, p.m, k, interleaved.get(), begin, end); });
+    spread(p.k_tiles, kTile * p.m,
+           [&](int64_t begin, int64_t end) { isa.interleave(from, p.m, k, interleaved.get(), begin, end); });
     p.tokens = interleaved.get();
   }
   const auto product = tokens.are_bf16 ? isa.product_bf16 : isa.product;
@@ -297,7 +298,8 @@ Tensor cpu_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& p
 Tensor cpu_linear(const Tensor& x, const Tensor& packed, const Tensor& row_scale, const std::optional<Tensor>& bias,
                   const std::optional<Tensor>& global, bool quantize, int64_t hadamard, int64_t rule) {
   const Format format = format_of(packed);
-  const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16, as_bf16 = fit_bf16(x, quantize) && tokens_of(x) >= kernels().bf16_from;
+  const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16,
+             as_bf16 = fit_bf16(x, quantize) && tokens_of(x) >= kernels().bf16_from;
   if (!quantize && hadamard == 0 && as_bf16 == out_is_bf16 && x.size(-1) == packed.size(1) * kTile && x.is_contiguous())
     return multiply({x.data_ptr(), as_bf16, tokens_of(x), nullptr}, packed, row_scale, bias, out_is_bf16);
   auto [tokens, token_scale] = prepare_tokens(x, global, format, quantize, hadamard, rule, as_bf16);
@@ -306,8 +308,8 @@ Tensor cpu_linear(const Tensor& x, const Tensor& packed, const Tensor& row_scale
 
 void cpu_solve_block(const Tensor& columns, const Tensor& steps, const Tensor& inverse, const Tensor& upper,
                      const Tensor& quantized, const Tensor& errors) {
-  SolveBlock s = {data<float>(columns), data<float>(steps),  data<float>(inverse), data<float>(upper), data<float>(quantized),
-                  data<float>(errors),  columns.size(1),     upper.stride(0),      columns.size(0)};
+  SolveBlock s = {data<float>(columns), data<float>(steps), data<float>(inverse), data<float>(upper), data<float>(quantized),
+                  data<float>(errors),  columns.size(1),    upper.stride(0),      columns.size(0)};
   STD_TORCH_CHECK(s.count % 16 == 0 && s.count <= 128, "a block has 128 columns at most, and a multiple of 16");
   const Kernels& isa = kernels();
   spread(div_up(s.n, kRows), kRows * s.count * s.count, [&](int64_t begin, int64_t end) { isa.solve(s, begin, end); });
@@ -400,8 +402,7 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "cpu_search(Tensor weight, Tensor base, Tensor steps, Tensor? global_scale, Tensor? importance, int group,"
       " Tensor(a!) scale) -> ()");
-  ops.def(
-      "cpu_add_moments(Tensor(a!) second, Tensor(b!)? cross, Tensor x, Tensor? original, int panel) -> ()");
+  ops.def("cpu_add_moments(Tensor(a!) second, Tensor(b!)? cross, Tensor x, Tensor? original, int panel) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
