@@ -4,6 +4,8 @@ Importing this package registers the method with transformers; `from_pretrained`
 with a `MRGPTQConfig`, and loads a checkpoint that was quantized before without any argument.
 """
 
+__version__ = "0.1.0"
+
 from . import backends as backends  # registers the operators' implementations
 from .compressed_tensors import export_compressed_tensors, import_compressed_tensors
 from .config import MRGPTQConfig
@@ -12,7 +14,6 @@ from .layers.experts import FP4Experts
 from .layers.linear import FP4Linear
 from .quantizer import MRGPTQHfQuantizer
 
-__version__ = "0.1.0"
 __all__ = [
     "FP4Experts",
     "FP4Linear",

@@ -286,6 +286,12 @@ def test_the_blocks_of_another_run_are_refused(changes, what, source, finished):
         quantize(source, finished, **changes)
 
 
+def test_the_blocks_of_another_version_are_refused(source, finished, monkeypatch):
+    monkeypatch.setattr("hf_fp4.calibration.checkpoint.__version__", "0.0.9")
+    with pytest.raises(ValueError, match="belongs to another run: version of hf_fp4 differ"):
+        quantize(source, finished)
+
+
 @pytest.mark.parametrize("change", ["one weight", "dtype", "another model"])
 def test_the_blocks_of_another_model_are_refused(change, finished, tmp_path):
     other = tiny_model("llama" if change == "another model" else FAMILY)

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .. import __version__
 from ..config import MRGPTQConfig
 
 MANIFEST = "manifest.json"
@@ -21,7 +22,7 @@ _SUMMED_AT_ONCE = 1 << 20
 
 
 class WorkDir:
-    """A directory of finished blocks that belongs to one model, one config and one set of calibration tokens.
+    """A directory of finished blocks that belongs to one model, config, set of calibration tokens and version of this package.
 
     Args:
         path: created when missing.
@@ -32,6 +33,7 @@ class WorkDir:
     """
 
     def __init__(self, path: str | os.PathLike, identity: dict[str, object]):
+        identity = {**identity, "version of hf_fp4": __version__}
         self._path = Path(path)
         self._path.mkdir(parents=True, exist_ok=True)
         manifest = self._path / MANIFEST
