@@ -61,11 +61,11 @@ class Layer:
             self.weights.append(weights)
 
     def product(self, which: int, x: torch.Tensor, offsets: torch.Tensor, index=None, tile: int = 0):
-        mode, linear = self.mode, self.kernels._linear
+        mode, numbers = self.mode, self.kernels._cuda
         if tile:
-            return linear.ops.grouped_linear(
-                x, offsets, index, *self.prepared[which], None, self.input_global_scale, linear.OPERANDS["bf16"],
-                mode.activations == "fp4", mode.hadamard or 0, linear.RULES[mode.rule], which == 1, tile,
+            return self.kernels._ops.ops.grouped_linear(
+                x, offsets, index, *self.prepared[which], None, self.input_global_scale, numbers.OPERANDS["bf16"],
+                mode.activations == "fp4", mode.hadamard or 0, numbers.RULES[mode.rule], which == 1, tile,
             )  # fmt: skip
         return self.kernels.grouped_linear(
             x, offsets, *self.prepared[which], index=index, activations=mode.activations, hadamard=mode.hadamard,

@@ -135,7 +135,7 @@ def fp4_calls(kernels, mode, layer, m) -> list:
 
 def describe(kernels) -> str:
     if torch.get_default_device().type == "cpu":
-        isa = kernels._linear.ops.cpu_isa()
+        isa = kernels._ops.ops.cpu_isa()
         return f"{platform.machine()}, {isa}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"
     return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
 

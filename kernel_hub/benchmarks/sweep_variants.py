@@ -101,20 +101,18 @@ class Problems:
 
         x, g, exact, limit = self.problem(m, format, layer)
         prepared = self.weight(format, layer)[1]
-        linear, mode = self.kernels._linear, MODES[format]
+        ops, numbers, mode = self.kernels._ops.ops, self.kernels._cuda, MODES[format]
         operand, split = variant // 1000, variant % 1000
         if variant == LINEAR and format == "mxfp4":
-            operand = linear.OPERANDS["e4m3"]
+            operand = numbers.OPERANDS["e4m3"]
 
         def call(p):
             if variant == LINEAR:
-                return linear.ops.prepared_linears(
-                    x, *([v] for v in p), [None], g, operand, True, mode.hadamard, 0
-                )[0]
-            tokens = linear.ops.prepare_activation(
-                x, g, linear.FORMATS[format], operand, True, mode.hadamard, 0
-            )
-            return linear.ops.prepared_gemm(*tokens, *p, None, m, operand, True, split)
+                return ops.prepared_linears(x, *([v] for v in p), [None], g, operand, True, mode.hadamard, 0)[
+                    0
+                ]
+            tokens = ops.prepare_activation(x, g, numbers.FORMATS[format], operand, True, mode.hadamard, 0)
+            return ops.prepared_gemm(*tokens, *p, None, m, operand, True, split)
 
         first, second = call(prepared[-1]), call(prepared[0])
         error = ref.relative_error(first, exact)

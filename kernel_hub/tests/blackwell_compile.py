@@ -4,7 +4,7 @@ Prints, as JSON, what each problem's tile became: its tensor core instructions i
 and bytes of shared memory. A process of its own, because Triton's interpreter, once on, is on for good.
 """
 
-import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -24,11 +24,12 @@ def load_source():
     import torch
 
     if NAME not in sys.modules:
-        package = sys.modules[NAME] = types.ModuleType(NAME)
-        package.__path__ = [str(SOURCE)]
         ops = sys.modules[f"{NAME}._ops"] = types.ModuleType(f"{NAME}._ops")
         ops.ops = getattr(torch.ops, NAME)
         ops.add_op_namespace_prefix = lambda name: f"{NAME}::{name}"
+        spec = importlib.util.spec_from_file_location(NAME, SOURCE / "__init__.py")
+        package = sys.modules[NAME] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(package)
     return sys.modules[NAME]
 
 

@@ -112,8 +112,6 @@ class Route:
 
     def __init__(self, monkeypatch):
         self._monkeypatch = monkeypatch
-        load_source()
-        self.linear = importlib.import_module(f"{load_source().__name__}._linear")
         if DEVICE == "cpu":
             monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
             monkeypatch.setattr(tl, "dot_scaled", dequantized_dot)
@@ -121,7 +119,7 @@ class Route:
 
     def on(self, major, minor=0):
         self._monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
-        return self.linear
+        return load_source()
 
 
 @pytest.fixture
@@ -293,11 +291,11 @@ def test_weight_is_shared_with_triton(route, format):
 )  # fmt: skip
 def test_selection(route, monkeypatch, capability, backend):
     kernels = route.on(*capability)
-    monkeypatch.setattr(kernels, "_FP4_TENSOR_CORES", True)
+    monkeypatch.setattr(kernels._backends, "_FP4_TENSOR_CORES", True)
     for compiled in (True, False):
-        monkeypatch.setattr(kernels, "is_compiled", lambda compiled=compiled: compiled)
+        monkeypatch.setattr(kernels._backends, "is_compiled", lambda compiled=compiled: compiled)
         assert kernels.backend_of() == (backend if compiled or backend != "cuda" else "triton")
-    monkeypatch.setattr(kernels, "_FP4_TENSOR_CORES", False)  # an older torch
+    monkeypatch.setattr(kernels._backends, "_FP4_TENSOR_CORES", False)  # an older torch
     assert kernels.backend_of() == "triton"
 
 

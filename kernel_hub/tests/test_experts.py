@@ -116,14 +116,14 @@ def test_every_tile_gives_the_result(kernels, shape, mode, gather):
         pytest.skip("the rotation does not divide K")
     x, index, offsets, weights, bias, g = make(shape, mode, gather)
     prepared = prepare(kernels, weights, mode.format)
-    linear = kernels._linear
+    numbers = kernels._cuda
     operand = "fp16" if mode.activations == "bf16" and x.dtype == torch.float16 else "bf16"
     exact, limit = expected_of_all(x, index, offsets, weights, bias, mode, g)
 
     def run(tile):
-        return linear.ops.grouped_linear(
-            x, offsets.int(), None if index is None else index.int(), *prepared, bias, g, linear.OPERANDS[operand],
-            mode.activations == "fp4", mode.hadamard or 0, linear.RULES[mode.rule], False, tile,
+        return kernels._ops.ops.grouped_linear(
+            x, offsets.int(), None if index is None else index.int(), *prepared, bias, g, numbers.OPERANDS[operand],
+            mode.activations == "fp4", mode.hadamard or 0, numbers.RULES[mode.rule], False, tile,
         )  # fmt: skip
 
     failed = []

@@ -229,8 +229,8 @@ def product(kernels, tokens, prepared, bias, m, dtype, split, operand=None):
     """tokens: the operand's bytes and their multiplier."""
     if operand is None:
         operand = "bf16" if dtype == torch.bfloat16 else "fp16"
-    return kernels._linear.ops.prepared_gemm(
-        *tokens[:2], *prepared, bias, m, kernels._linear.OPERANDS[operand], dtype == torch.bfloat16, split
+    return kernels._ops.ops.prepared_gemm(
+        *tokens[:2], *prepared, bias, m, kernels._cuda.OPERANDS[operand], dtype == torch.bfloat16, split
     )
 
 
@@ -325,10 +325,10 @@ def test_every_division_in_e4m3(kernels, dtype, m, n, k):
     exact, limit = ref.expected(x, weight, bias, mode, g, FLOORS[dtype])
     other = torch.full_like(x, float("nan"))
     other[-1] = x[-1]
-    linear = kernels._linear
+    numbers = kernels._cuda
     tokens, others = (
-        linear.ops.prepare_activation(
-            v, None, linear.FORMATS["mxfp4"], linear.OPERANDS["e4m3_tiles"], True, mode.hadamard, 0
+        kernels._ops.ops.prepare_activation(
+            v, None, numbers.FORMATS["mxfp4"], numbers.OPERANDS["e4m3_tiles"], True, mode.hadamard, 0
         )
         for v in (x, other)
     )

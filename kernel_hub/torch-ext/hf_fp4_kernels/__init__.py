@@ -7,13 +7,11 @@ tensor cores (not run on Blackwell hardware). On a CPU the CPU build runs compil
 `grouped_linear` runs one matrix of all experts of a layer, on GPUs. See the functions for shapes.
 """
 
+from ._backends import PreparedTokens, backend_of, fast_dtype
 from ._gptq import add_moments, gptq_descend, gptq_solve, search_scales
 from ._linear import (
-    PreparedTokens,
     PreparedWeight,
-    backend_of,
     fake_quantize,
-    fast_dtype,
     fp8_exact,
     gemm,
     grouped_linear,
