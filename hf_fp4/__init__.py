@@ -4,8 +4,6 @@ Importing this package registers the method with transformers; `from_pretrained`
 with a `MRGPTQConfig`, and loads a checkpoint that was quantized before without any argument.
 """
 
-__version__ = "0.1.0"
-
 from . import backends as backends  # registers the operators' implementations
 from .compressed_tensors import export_compressed_tensors, import_compressed_tensors
 from .config import MRGPTQConfig
@@ -13,6 +11,7 @@ from .evaluate import evaluate
 from .layers.experts import FP4Experts
 from .layers.linear import FP4Linear
 from .quantizer import MRGPTQHfQuantizer
+from .version import __version__ as __version__
 
 __all__ = [
     "FP4Experts",

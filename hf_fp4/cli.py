@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import __version__, report
+from . import report
 from .bench import BenchSettings, bench
 from .compressed_tensors import export_compressed_tensors, import_compressed_tensors
 from .config import LOADING_ATTRIBUTES, MRGPTQConfig
@@ -38,6 +38,7 @@ from .doctor import examine
 from .evaluate import evaluate
 from .model_card import Measurement, add_measurement, size_text, unquantized_bytes
 from .quantizer import MRGPTQHfQuantizer
+from .version import __version__
 
 # What a user can bring about; anything else is a bug of ours and keeps its traceback.
 _EXPECTED = (ValueError, OSError, RuntimeError, ImportError, SafetensorError)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.once
 ROOT = Path(hf_fp4.__file__).parent
 
 ORDER = (
+    "version",
     "formats",
     "rotation",
     "scales",
@@ -86,12 +87,8 @@ def test_a_file_imports_only_from_above(file):
         own = "cli"
     assert own in ORDER, f"{own} has no place in the order of the package; give it one"
     for imported in imports_of((ROOT / file).read_text(), file.parent.parts):
-        if imported:
-            assert ORDER.index(imported[0]) <= ORDER.index(own), (
-                f"{file} imports {'.'.join(imported)} from below"
-            )
-        else:
-            assert own == "cli", f"{file} imports from hf_fp4/__init__.py, which is below it"
+        assert imported, f"{file} imports from hf_fp4/__init__.py, which is below it"
+        assert ORDER.index(imported[0]) <= ORDER.index(own), f"{file} imports {'.'.join(imported)} from below"
 
 
 @pytest.mark.parametrize("folder", [name for name in ORDER if (ROOT / name).is_dir()])

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .. import __version__
 from ..config import MRGPTQConfig
+from ..version import __version__
 
 MANIFEST = "manifest.json"
 
