@@ -108,9 +108,8 @@ class Problems:
 
         def call(p):
             if variant == LINEAR:
-                return ops.prepared_linears(x, *([v] for v in p), [None], g, operand, True, mode.hadamard, 0)[
-                    0
-                ]
+                (y,) = ops.prepared_linears(x, *([v] for v in p), [None], g, operand, True, mode.hadamard, 0)
+                return y
             tokens = ops.prepare_activation(x, g, numbers.FORMATS[format], operand, True, mode.hadamard, 0)
             return ops.prepared_gemm(*tokens, *p, None, m, operand, True, split)
 

@@ -33,6 +33,7 @@ struct Shape {
   // Alone on its multiprocessor and with registers to spare, a block does several segments, so that the ring is filled for the
   // next one while the results of one are written.
   static constexpr bool kManySegments = kBlocksPerSm == 1;
+  static constexpr bool kTurns = kE4m3 && kBlocksPerSm == 1;  // see consume_e4m3
   static constexpr int kTilesPerStage = kE4m3 ? kPromoteTiles : kTokens <= 128 ? 2 : 1;
   static constexpr int kStages = kE4m3 ? (kTokens == 64    ? 6
                                           : kTokens == 256 ? 5
@@ -228,7 +229,7 @@ __device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, int tiles, uin
                                              float (&acc)[kTokens / 2]) {
   static_assert(kPromoteTiles == 2 && T::kTilesPerStage == 2);
   constexpr int kPart = kTokens < 128 ? kTokens : 128, kParts = kTokens / kPart;
-  constexpr bool kLoadAhead = kTokens < 256, kTurns = T::kBlocksPerSm == 1;
+  constexpr bool kLoadAhead = kTokens < 256;
   const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const uint32_t codes = ring.base + group * T::kWeightStage + codes_offset(slice, lane);
   const uint32_t scales = ring.base + group * T::kWeightStage + scales_offset(Format::kMxfp4, slice, lane);
@@ -278,10 +279,10 @@ __device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, int tiles, uin
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       if (part > 0) promote(part - 1);
-      if (kTurns) named_sync<kConsumers>(kTurnOf + group);
+      if (T::kTurns) named_sync<kConsumers>(kTurnOf + group);
       multiply(0, part);
       if (two) multiply(1, part);
-      if (kTurns) named_arrive<kConsumers>(kTurnOf + (group ^ 1));
+      if (T::kTurns) named_arrive<kConsumers>(kTurnOf + (group ^ 1));
     }
     if (more) load_ahead(0);
     if (two_more) load_ahead(1);
@@ -486,8 +487,7 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
       const GemmPart part = part_of(p, kRows, row_block);
       prefetch_row_data<kRows>(part.row_scale, part.bias, row_block * kRows, part.n);
     }
-    constexpr bool kTurns = T::kE4m3 && T::kBlocksPerSm == 1;  // of consume_e4m3
-    if (kTurns && warp / 4 == 1) named_arrive<kConsumers>(kTurnOf);
+    if (T::kTurns && warp / 4 == 1) named_arrive<kConsumers>(kTurnOf);
     Cursor<T> at;
     int turn = 0;
     for (int i = 0; i < (T::kManySegments ? work.segments() : 1); ++i) {
@@ -514,7 +514,7 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
       if (p.out_is_bf16) write<T, kTokens, __nv_bfloat16>(args, part, base, row_block, token_block, turn, acc);
       else write<T, kTokens, __half>(args, part, base, row_block, token_block, turn, acc);
     }
-    if (kTurns && warp / 4 == 0) named_sync<kConsumers>(kTurnOf);
+    if (T::kTurns && warp / 4 == 0) named_sync<kConsumers>(kTurnOf);
   }
 }
 

@@ -52,13 +52,13 @@ int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // was expanded. The same numbers are in _cuda.py.
 constexpr int64_t kGemvTokens = 16, kLibraryTokens = 2048;
 
-// A few tokens are multiplied in E4M3 too where there are more output features than this: bf16 takes more instructions to
-// expand.
-constexpr int64_t most_bf16_rows(int64_t m) { return m <= 8 ? 25344 : 4224; }
+// A few tokens are multiplied in E4M3 too where there are more output features than this, since bf16 takes more instructions to
+// expand: more than run_gemv has at once on an H200's 132 multiprocessors, in three units of 64 or, of more tokens, one of 32.
+constexpr int64_t most_bf16_rows(int64_t m) { return 132 * (m <= 8 ? 3 * 64 : 32); }
+static_assert(most_bf16_rows(8) == 25344 && most_bf16_rows(9) == 4224);  // as CARD.md says
 
 // What m tokens are made into: kBf16, kFp16, kE4m3Tiles or kE4m3Rows.
 int64_t operand_for(int64_t m, int64_t operand, bool out_is_bf16) {
-  if (operand < kE4m3) return operand;
   if (operand != kE4m3) return operand;
   if (m <= kGemvTokens) return kBf16;
   return m >= kLibraryTokens && out_is_bf16 ? kE4m3Rows : kE4m3Tiles;

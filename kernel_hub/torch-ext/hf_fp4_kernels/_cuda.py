@@ -24,8 +24,6 @@ _GEMV_TOKENS, _LIBRARY_TOKENS = 16, 2048  # of torch_binding.cpp
 
 def _operand_for(m, operand, dtype):
     """What m tokens are made into: operand_for in torch_binding.cpp. Rows are for the library's product; else tiles."""
-    if operand < OPERANDS["e4m3"]:
-        return operand
     if operand != OPERANDS["e4m3"]:
         return operand
     if m <= _GEMV_TOKENS:
