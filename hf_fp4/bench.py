@@ -159,7 +159,6 @@ def bench(
     reference: str | None,
     settings: BenchSettings,
     *,
-    own_version: str,
     progress: bool = True,
 ) -> BenchResult:
     """Time ``model`` and then ``reference``; only one of them is in memory at a time.
@@ -168,7 +167,6 @@ def bench(
         load: name -> model, on its devices.
         model, reference: names for ``load``; no reference: ``model`` alone.
         settings: what to time.
-        own_version: hf-fp4's.
         progress: show a progress bar.
 
     Raises:
@@ -184,7 +182,7 @@ def bench(
         measured.append(measure(loaded, name, settings, progress=progress))
         del loaded
         _free()
-    return BenchResult(settings, measured, dtype, devices, versions(own_version))
+    return BenchResult(settings, measured, dtype, devices, versions())
 
 
 def _free() -> None:

@@ -547,9 +547,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     settings = BenchSettings(args.batch, args.prompt_tokens, args.new_tokens, args.compile, args.repeats)
     _check_writable("--json", args.json)
-    result = bench(
-        lambda name: _load_model(args, name), args.model, args.reference, settings, own_version=__version__
-    )
+    result = bench(lambda name: _load_model(args, name), args.model, args.reference, settings)
     print("\n".join(["", *report.table(result.rows()), "", *result.notes(), args.command_line]))
     if args.json:
         values = {**result.to_dict(), "command": args.command_line}
@@ -558,7 +556,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _doctor(args: argparse.Namespace) -> int:
     config = MRGPTQConfig(**_given_fields(args))
-    return 0 if examine(config.kernel_source, __version__) else 1
+    return 0 if examine(config.kernel_source) else 1
 
 
 # --- export and import

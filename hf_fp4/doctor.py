@@ -18,12 +18,12 @@ from .gptq import round_weight
 from .layers.linear import FP4Linear
 from .rotation import rotate
 from .scales import ACTIVATION_SCALE_RULES, input_global_scale, weight_global_scale, weight_scales
+from .version import __version__
 
 _TOKENS, _OUT_FEATURES, _IN_FEATURES, _HADAMARD = 48, 256, 512, 32
 
 _LIMIT = 1e-2
 """Relative error that a right result may have: bfloat16 rounds by up to 4e-3, twice if a rotated input is rounded too."""
-
 _TRUST = "run with --trust-kernel-repo, in Python MRGPTQConfig(trust_kernel_repo=True), if you trust {repo}; "
 _TRUST = "pass --trust-kernel-repo, in Python MRGPTQConfig(trust_kernel_repo=True), if you trust {repo}"
 _LOCAL_COPY = "set LOCAL_KERNELS={repo}=DIRECTORY of a copy that was downloaded elsewhere"
@@ -74,18 +74,17 @@ class Check:
         return f"{self.name:24}  {'OK' if self.ok else 'FAILED':6}  {what}"
 
 
-def examine(source: KernelSource, own_version: str) -> bool:
+def examine(source: KernelSource) -> bool:
     """Print what this machine has, which backend each GPU (or the CPU) takes and why, and check that it is right.
 
     Args:
         source: where GPU kernels come from.
-        own_version: hf-fp4's.
 
     Returns:
         Whether every check passed. A GPU that is not used, or kernels that cannot be loaded, are reported, not a failure.
     """
     _print("Versions")
-    for name, version in versions(own_version).items():
+    for name, version in versions().items():
         _print(f"  {name:13} {version}")
     gpus, why_none = find_gpus()
     _print("\nDevices")
@@ -140,11 +139,11 @@ def _describe(error: Exception) -> str:
 # --- the machine
 
 
-def versions(own_version: str) -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Name -> version of what decides over speed and results; "not installed" where it is missing."""
     rocm = f"none, but ROCm {torch.version.hip}" if torch.version.hip else "none"
     return {
-        "hf-fp4": own_version,
+        "hf-fp4": __version__,
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or rocm,

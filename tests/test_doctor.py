@@ -173,7 +173,8 @@ def test_a_missing_package_has_no_version(monkeypatch):
         raise doctor.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor.metadata, "version", nothing)
-    found = doctor.versions("1.2.3")
+    monkeypatch.setattr(doctor, "__version__", "1.2.3")
+    found = doctor.versions()
     assert found["kernels"] == found["triton"] == "not installed"
     assert found["hf-fp4"] == "1.2.3" and found["torch"] == torch.__version__
 
@@ -202,7 +203,7 @@ def test_every_gpu_is_reported_and_checked(pretend, capsys):
 def test_checks_reach_the_kernels(pretend):
     fake = FakeKernels()
     pretend(lambda source: fake, HOPPER)
-    assert doctor.examine(KernelSource(), "0")
+    assert doctor.examine(KernelSource())
     expected = [
         (fmt, activations, hadamard, (tokens, 512), torch.bfloat16)
         for fmt in ("nvfp4", "mxfp4")
