@@ -24,7 +24,7 @@ _TOKENS, _OUT_FEATURES, _IN_FEATURES, _HADAMARD = 48, 256, 512, 32
 
 _LIMIT = 1e-2
 """Relative error that a right result may have: bfloat16 rounds by up to 4e-3, twice if a rotated input is rounded too."""
-_TRUST = "run with --trust-kernel-repo, in Python MRGPTQConfig(trust_kernel_repo=True), if you trust {repo}; "
+
 _TRUST = "pass --trust-kernel-repo, in Python MRGPTQConfig(trust_kernel_repo=True), if you trust {repo}"
 _LOCAL_COPY = "set LOCAL_KERNELS={repo}=DIRECTORY of a copy that was downloaded elsewhere"
 _NO_NETWORK = "offline mode|OfflineMode|LocalEntryNotFound|local snapshot|Connect(ion)?Error|(Connect|Read)Timeout|Name or service"
