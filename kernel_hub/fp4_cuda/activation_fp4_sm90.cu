@@ -233,13 +233,13 @@ void launch_chunks(const ActivationArgs& a, [[maybe_unused]] bool dynamic, cudaS
       const int chunks = a.k_padded / kValues;
       constexpr int kMost = kMostThreads<F, kValues>;
       const int threads = chunks >= kMost ? kMost : chunks > 128 ? 256 : 128;
-      return launch_after(activation_dynamic_kernel<T, F, O, kGated, kValues>, dim3(a.m), dim3(threads), 0, 1, stream, a);
+      return launch_after(activation_dynamic_kernel<T, F, O, kGated, kValues>, dim3(a.m), dim3(threads), 0, stream, a);
     }
   }
   if constexpr (!kE4m3) {
     constexpr int kTokens = 32 / kLanesOf128<kValues>;
     const dim3 grid((a.m + kTokens - 1) / kTokens, (a.k_padded + 511) / 512);
-    launch_after(activation_static_kernel<T, F, O, kGated, kValues>, grid, dim3(128), 0, 1, stream, a);
+    launch_after(activation_static_kernel<T, F, O, kGated, kValues>, grid, dim3(128), 0, stream, a);
   }
 }
 

@@ -338,7 +338,7 @@ void launch(const ExpertsProblem& p, cudaStream_t stream) {
   const int row_groups = (p.n + T::kRows - 1) / T::kRows;
   // An expert with rows has at most one tile that is not full.
   const int tiles = p.rows / kTokens + std::min(p.routing.experts, p.rows), items = tiles * row_groups;
-  launch_after(kernel, dim3(std::min(items, multiprocessors() * T::kBlocksPerSm)), dim3(T::kThreads), T::kSmem, 1, stream,
+  launch_after(kernel, dim3(std::min(items, multiprocessors() * T::kBlocksPerSm)), dim3(T::kThreads), T::kSmem, stream,
                ExpertsArgs{p, factor_of(kOperand, kFormat), row_groups, items});
 }
 

@@ -62,9 +62,9 @@ struct GemmProblem : GemmPart {
   int format;
   int operand;
   // 0: all chosen here. Other values are for measuring and for tests.
-  // Up to 16 tokens of 16 bit (run_gemv): the variant, 1..4; of more than 8, 1..3, of which the last is run_gemm_sm90's,
-  // undivided. All others (run_gemm_sm90; the operand was chosen when the tokens were prepared, OPERANDS in _cuda.py): so many
-  // blocks of a cluster divide K, 1..8. 9, from 65 tokens on: K is streamed over all blocks.
+  // Up to 16 tokens of 16 bit (run_gemv): the variant, 1..4; of more than 8, 1..3, of which the last is run_gemm_sm90's. All
+  // others (run_gemm_sm90; the operand was chosen when the tokens were prepared, OPERANDS in _cuda.py): of how many blocks an
+  // item may have parts. 1: K is not divided.
   int split;
 };
 

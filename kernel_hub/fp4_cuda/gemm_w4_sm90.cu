@@ -3,11 +3,10 @@
 // wgmma takes only operand A from registers, so the weights are A (64 rows a warpgroup), expanded from FP4 in registers
 // with their block scales folded in (exact: E2M1 x E4M3 has 6 significant bits, and E2M1 x 2^e is an E4M3 number), and the
 // tokens are B (8..256 tokens a tile) in shared memory. A producer warp streams prepared weight tiles and token tiles with
-// bulk copies into a ring of stages; two consumer warpgroups expand and multiply. With few blocks the k range is split over
-// the blocks of a cluster, which add up through distributed shared memory in a fixed order, so that the result is the same
-// every time. Or K is streamed over all blocks: see Work.
-#include "cluster_sm90.cuh"
+// bulk copies into a ring of stages; two consumer warpgroups expand and multiply. A block is alone on its multiprocessor. Work
+// that does not fall evenly to all of them is divided in K too: see Work.
 #include "consume16_sm90.cuh"
+#include "division_sm90.cuh"
 #include "expand_fp4.cuh"
 #include "gemm_parts.cuh"
 #include "wgmma_sm90.cuh"
@@ -21,26 +20,27 @@ constexpr int kConsumers = 128 * kGroups;
 // E4M3: the tensor cores add up so many tiles of 64 k before the sums go on in FP32. Inside, they keep about 14 bits.
 constexpr int kPromoteTiles = 2;
 
-// Sizes by tokens of a tile. Few tokens: two blocks per multiprocessor.
+// Sizes by tokens of a tile.
 template <Operand kOperand, int kTokens>
 struct Shape {
   static constexpr bool kE4m3 = kOperand == Operand::kE4m3;
+  static constexpr bool kFew = kTokens <= (kE4m3 ? 64 : 32);
+  static constexpr int kBlocksPerSm = kFew ? 2 : 1;  // where there is work for two
   // Accumulators of wide token tiles, with E4M3 twice as many, need more registers than an even share: the producer is then
   // a whole warpgroup, which hands its registers over.
-  static constexpr bool kMoveRegisters = kTokens >= (kE4m3 ? 64 : 128);
-  static constexpr int kThreads = kConsumers + (kMoveRegisters ? 128 : 32);
-  static constexpr int kBlocksPerSm = kTokens <= 64 ? 2 : 1;
-  // Alone on its multiprocessor and with registers to spare, a block does several segments, so that the ring is filled for the
-  // next one while the results of one are written.
-  static constexpr bool kManySegments = kBlocksPerSm == 1;
-  static constexpr bool kTurns = kE4m3 && kBlocksPerSm == 1;  // see consume_e4m3
+  static constexpr bool kMoveRegisters = kTokens >= (kE4m3 ? 32 : 256);
+  static constexpr int kThreads = kConsumers + (kMoveRegisters ? 128 : 64);
+  // As if there were so many threads, which leaves registers for blocks that quantize the next tokens.
+  static constexpr int kBound = kFew ? 768 : kMoveRegisters ? kThreads : 512;
+  static constexpr bool kTurns = kE4m3 && kTokens >= 128;  // see consume_e4m3
   static constexpr int kTilesPerStage = kE4m3 ? kPromoteTiles : kTokens <= 128 ? 2 : 1;
   static constexpr int kStages = kE4m3 ? (kTokens == 64    ? 6
                                           : kTokens == 256 ? 5
                                                            : 8)
-                                       : (kTokens <= 32   ? 6
-                                          : kTokens == 64 ? 4
-                                                          : 5);
+                                       : (kTokens <= 32    ? 6
+                                          : kTokens == 64  ? 7
+                                          : kTokens == 128 ? 4
+                                                           : 5);
 };
 
 // Where a warpgroup's results lie between registers and memory: two buffers in turn of 64 rows of some tokens.
@@ -62,9 +62,7 @@ struct Traits : Shape<kOperand, kTokens> {
   static constexpr int kWeightOffset = 0, kWeightStride = kStageBytes, kTokenStride = kStageBytes;
   static constexpr bool kSwizzled = false;                                     // of consume16
   static_assert(kWeightOffset + kWeightStride == kTokenStride && !kSwizzled);  // read here at least: E4M3 does not
-  static constexpr int kReduceStride = kRows + 4;                              // what write_output reads
-  static constexpr int kReduceBytes = kTokens * kReduceStride * 4;
-  static constexpr int kRing = S::kStages * kStageBytes > kReduceBytes ? S::kStages * kStageBytes : kReduceBytes;
+  static constexpr int kRing = S::kStages * kStageBytes;
   static constexpr int kTableOffset = kRing + 256;  // after the barriers
   static constexpr int kStagingOffset = kTableOffset + (S::kE4m3 ? 256 * 8 : 0);
   static constexpr int kSmem = kStagingOffset + kGroups * Staging<kTokens>::kBytes + 128;  // 128: alignment
@@ -80,49 +78,48 @@ struct Segment {
   Range k;
 };
 
-// What a cluster does one after the other; its ring is filled for the next segment while the results of one are written.
+// What a block does one after the other; its ring is filled for the next segment while the results of one are written.
 //
 // First its share of the last `args.streamed` items (stream-K): their stages lie in a row, of which each block takes an equal
-// part, so that all blocks end at the same time however many items there are. Where such a part ends inside an item, the block
-// hands its sums on to the next one. It begins at the end of its part, with what others wait for: the sums that it takes at its
-// own beginning have been there for long. Blocks wait only for those before them, which were started earlier.
+// part, so that all blocks end at the same time however many items there are. Of an item that is divided so, the block that has
+// its end adds up the sums of all, in a fixed order, and writes the results; the others hand their sums on. A block begins at
+// the end of its part, with what others wait for. Blocks wait only for those before them, which were started earlier.
 //
-// Then whole items, every step-th: all tiles of tokens of a block of rows, then of the next one, so that clusters at work share
+// Then whole items, every step-th: all tiles of tokens of a block of rows, then of the next one, so that blocks at work share
 // weights and tokens in L2.
-//
-// Grid: x is the part of K of a block in its cluster, y the cluster.
 template <class T>
 struct Work {
   int token_blocks, k_tiles, item_stages;
-  Range whole_k;                           // of whole items: all, or the part of this block of the cluster
   int first, step, wholes;                 // whole items
   int streamed_first, begin, end, pieces;  // item, and this block's part of the stages from there on
+  int sources;                             // blocks before this one whose sums it adds to those of its last piece
   __device__ __forceinline__ Work(const GemmArgs& args, int tokens)
       : token_blocks((args.p.m + tokens - 1) / tokens),
         k_tiles(args.p.k_tiles),
-        item_stages(stages_for(k_tiles)),
-        first(blockIdx.y),
-        step(gridDim.y),
+        item_stages((k_tiles + T::kTilesPerStage - 1) / T::kTilesPerStage),
+        first(blockIdx.x),
+        step(gridDim.x),
         streamed_first(args.items - args.streamed),
         begin(0),
         end(0),
-        pieces(0) {
-    whole_k.first = k_tiles * blockIdx.x / gridDim.x;
-    whole_k.count = k_tiles * (blockIdx.x + 1) / gridDim.x - whole_k.first;
+        pieces(0),
+        sources(0) {
     wholes = first < streamed_first ? (streamed_first - first + step - 1) / step : 0;
-    if (!T::kManySegments || args.streamed == 0) return;
+    if (args.streamed == 0) return;
     const uint32_t stages = args.streamed * item_stages;
     begin = stages * first / step;
     end = stages * (first + 1) / step;
     pieces = (end - 1) / item_stages - begin / item_stages + 1;
+    const bool has_an_end = pieces > 1 || !hands_on();
+    const uint32_t item_begin = begin / item_stages * item_stages;
+    if (has_an_end) sources = first - static_cast<int>(((item_begin + 1) * step - 1) / stages);
   }
-  static __device__ __forceinline__ int stages_for(int tiles) { return (tiles + T::kTilesPerStage - 1) / T::kTilesPerStage; }
-  __device__ __forceinline__ int stages() const { return end - begin + wholes * stages_for(whole_k.count); }
+  __device__ __forceinline__ int stages() const { return end - begin + wholes * item_stages; }
   __device__ __forceinline__ int segments() const { return pieces + wholes; }
   __device__ __forceinline__ bool hands_on() const { return end % item_stages != 0; }  // segment 0
-  __device__ __forceinline__ bool takes_over(int i) const { return i + 1 == pieces && begin % item_stages != 0; }
+  __device__ __forceinline__ bool takes_over(int i) const { return i + 1 == pieces && sources > 0; }
   __device__ __forceinline__ Segment segment(int i) const {
-    if (i >= pieces) return {first + (i - pieces) * step, whole_k};
+    if (i >= pieces) return {first + (i - pieces) * step, {0, k_tiles}};
     const int item = (end - 1) / item_stages - i, item_begin = item * item_stages;
     const int from = max(begin - item_begin, 0) * T::kTilesPerStage;
     return {streamed_first + item, {from, min((end - item_begin) * T::kTilesPerStage, k_tiles) - from}};
@@ -205,8 +202,8 @@ __device__ __forceinline__ uint2 load_table(uint32_t table, uint32_t byte) {
   return v;
 }
 
-// Named barriers, of all consumers and perhaps the messenger, a warp that waits for them and for other blocks; and of a group.
-enum Barrier : int { kOfConsumers = 1, kHandedOn, kTakenOver, kOfGroup, kTurnOf = kOfGroup + kGroups };
+// Named barriers, of all consumers and the messenger, a warp that waits for them and for other blocks; of a group; of both.
+enum Barrier : int { kHandedOn = 1, kTakenOver, kOfGroup, kTurnOf = kOfGroup + kGroups };
 
 template <int kThreads>
 __device__ __forceinline__ void named_sync(int barrier) {
@@ -216,7 +213,6 @@ template <int kThreads>
 __device__ __forceinline__ void named_arrive(int barrier) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
-__device__ __forceinline__ void consumer_sync() { named_sync<kConsumers>(kOfConsumers); }
 
 // A stage's tiles are multiplied into `sums`, which then are added to `acc`. 256 tokens leave no registers for all sums: they
 // are taken 128 tokens at a time. The two warpgroups of a block that is alone on its multiprocessor take turns: one gives the
@@ -306,18 +302,8 @@ __device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, int tiles, uin
   for (; i < tiles; i += 2) stage(i, false);
 }
 
-template <class T, int kTokens>
-__device__ __forceinline__ void store_accumulators(uint32_t reduce, const float (&acc)[kTokens / 2]) {
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  reduce += (2 * t * T::kReduceStride + warp * 16 + g) * 4;
-#pragma unroll
-  for (int i = 0; i < kTokens / 8; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) store_shared4(reduce + ((8 * i + j % 2) * T::kReduceStride + j / 2 * 8) * 4, acc[4 * i + j]);
-}
-
-// A block hands its sums of an item on to the next one, which goes on with it. Consumers neither wait until their sums are
-// there for others, nor look for those of others: the messenger does.
+// A block hands its sums of an item on to the one that has the item's end. Consumers neither wait until their sums are there
+// for others, nor look for those of others: the messenger does.
 template <int kTokens>
 __device__ __forceinline__ float4* handed_sums(const Exchange& exchange, int block) {
   return exchange.sums + (block * (kConsumers / 32) + threadIdx.x / 32) * (kTokens / 8 * 32) + threadIdx.x % 32;
@@ -332,45 +318,59 @@ __device__ __forceinline__ void hand_on(const Exchange& exchange, int block, con
   named_arrive<kConsumers + 32>(kHandedOn);
 }
 
+// Adds the sums of the `sources` blocks before this one, as much at once as there are registers for.
 template <int kTokens>
-__device__ __forceinline__ void take_over(const Exchange& exchange, int block, float (&acc)[kTokens / 2]) {
+__device__ __forceinline__ void take_over(const Exchange& exchange, int block, int sources, float (&acc)[kTokens / 2]) {
+  constexpr int kAll = kTokens / 8, kAtOnce = kAll < 8 ? kAll : kAll < 16 ? 8 : 16, kSources = kAll < 8 ? 8 / kAll : 1;
   named_sync<kConsumers + 32>(kTakenOver);
-  const float4* sums = handed_sums<kTokens>(exchange, block);
+#pragma unroll 1
+  for (int source = block - sources; source < block; source += kSources) {
 #pragma unroll
-  for (int i = 0; i < kTokens / 8; ++i) {
-    // So many are on their way at once: for more there are no registers.
-    if (i % 16 == 0 && i > 0) __threadfence_block();
-    const float4 v = __ldcg(sums + i * 32);
-    acc[4 * i] += v.x, acc[4 * i + 1] += v.y, acc[4 * i + 2] += v.z, acc[4 * i + 3] += v.w;
+    for (int first = 0; first < kAll; first += kAtOnce) {
+      float4 v[kSources][kAtOnce];
+#pragma unroll
+      for (int s = 0; s < kSources; ++s) {
+        if (s > 0 && source + s >= block) break;
+        const float4* sums = handed_sums<kTokens>(exchange, source + s);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) v[s][i] = __ldcg(sums + (first + i) * 32);
+      }
+#pragma unroll
+      for (int s = 0; s < kSources; ++s) {
+        if (s > 0 && source + s >= block) break;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          float* a = acc + 4 * (first + i);
+          a[0] += v[s][i].x, a[1] += v[s][i].y, a[2] += v[s][i].z, a[3] += v[s][i].w;
+        }
+      }
+      if (first + kAtOnce < kAll) __threadfence_block();  // no loads of the next ones yet
+    }
   }
 }
 
 // What the messenger does.
 template <class T>
 __device__ __forceinline__ void carry_messages(const Exchange& exchange, const Work<T>& work) {
-  const bool speaks = threadIdx.x % 32 == 0;
-  auto take = [&] {
-    if (!work.takes_over(work.pieces - 1)) return;
-    uint64_t* ready = exchange.ready + work.first - 1;
-    if (speaks) {
-      while (load_acquire(ready) != exchange.ticket) __nanosleep(100);
-      *ready = 0;  // a replayed graph has the same ticket
-    }
-    __syncwarp();
-    named_arrive<kConsumers + 32>(kTakenOver);
-  };
-  if (work.pieces == 1) take();  // sums that are handed on contain what was taken
+  const int lane = threadIdx.x % 32;
   if (work.hands_on()) {
     named_sync<kConsumers + 32>(kHandedOn);
-    if (speaks) store_release(exchange.ready + work.first, exchange.ticket);
+    if (lane == 0) store_release(exchange.ready + work.first, exchange.ticket);
   }
-  if (work.pieces > 1) take();
+  if (work.sources == 0) return;
+  for (int i = lane; i < work.sources; i += 32) {
+    uint64_t* ready = exchange.ready + work.first - 1 - i;
+    while (load_acquire(ready) != exchange.ticket) __nanosleep(40);
+    *ready = 0;  // a replayed graph has the same ticket
+  }
+  __syncwarp();
+  named_arrive<kConsumers + 32>(kTakenOver);
 }
 
-// Where K is not divided, each warpgroup writes its 64 rows without the other: of some tokens at a time, transposed, so that
-// 128 bytes of a token are written together. `turn`: the buffer that is next. The same bits as by write_output.
+// The results of one item. Each warpgroup writes its 64 rows without the other: of some tokens at a time, transposed, so that
+// 128 bytes of a token are written together. `turn`: the buffer that is next.
 template <int kTokens, typename Out>
-__device__ __forceinline__ void write_rows(const GemmArgs& args, const GemmPart& part, int row_block, int token_block,
+__device__ __forceinline__ void write(const GemmArgs& args, const GemmPart& part, int row_block, int token_block,
                                            uint32_t staging, int& turn, const float (&acc)[kTokens / 2]) {
   using S = Staging<kTokens>;
   const GemmProblem& p = args.p;
@@ -430,18 +430,6 @@ __device__ __forceinline__ void write_rows(const GemmArgs& args, const GemmPart&
   }
 }
 
-// The results of one item.
-template <class T, int kTokens, typename Out>
-__device__ __forceinline__ void write(const GemmArgs& args, const GemmPart& part, uint32_t base, int row_block, int token_block,
-                                      int& turn, const float (&acc)[kTokens / 2]) {
-  if (gridDim.x == 1) {  // the ring stays as it is: it may be being filled for the next item
-    return write_rows<kTokens, Out>(args, part, row_block, token_block, base + T::kStagingOffset, turn, acc);
-  }
-  consumer_sync();  // every stage has been read: the ring becomes the reduction buffer
-  store_accumulators<T, kTokens>(base, acc);
-  add_and_write<kTokens, kRows, kConsumers, Out>(args, part, base, row_block, token_block);
-}
-
 template <Operand kOperand, Format kFormat, int kTokens>
 __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
   using T = Traits<kOperand, kFormat, kTokens>;
@@ -474,13 +462,11 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
       producer.begin();
       producer.run();
     }
-    if constexpr (T::kManySegments) {
-      if (warp == kConsumers / 32 + 1) carry_messages(args.exchange, work);
-    }
+    if (warp == kConsumers / 32 + 1) carry_messages(args.exchange, work);
   } else {
     if constexpr (T::kMoveRegisters) {
       // With 24 of a producer thread, all registers of a block.
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(T::kBlocksPerSm == 1 ? 240 : 104));
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(T::kFew ? 104 : 240));
     }
     {
       int row_block = work.row_block(work.segment(0).item);
@@ -490,7 +476,7 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
     if (T::kTurns && warp / 4 == 1) named_arrive<kConsumers>(kTurnOf);
     Cursor<T> at;
     int turn = 0;
-    for (int i = 0; i < (T::kManySegments ? work.segments() : 1); ++i) {
+    for (int i = 0; i < work.segments(); ++i) {
       const Segment s = work.segment(i);
       float acc[kTokens / 2];
 #pragma unroll
@@ -501,26 +487,24 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
         consume16<T, kOperand, kFormat, kTokens>(ring, s.k.count, at, acc);
       }
       grid_dependency_wait();
-      if constexpr (T::kManySegments) {
-        if (work.takes_over(i)) take_over<kTokens>(args.exchange, work.first - 1, acc);
-        if (i == 0 && work.hands_on()) {
-          hand_on<kTokens>(args.exchange, work.first, acc);
-          continue;
-        }
+      if (i == 0 && work.hands_on()) {
+        hand_on<kTokens>(args.exchange, work.first, acc);
+        continue;
       }
+      if (work.takes_over(i)) take_over<kTokens>(args.exchange, work.first, work.sources, acc);
       const int token_block = work.token_block(s.item);
       int row_block = work.row_block(s.item);
       const GemmPart part = part_of(p, kRows, row_block);
-      if (p.out_is_bf16) write<T, kTokens, __nv_bfloat16>(args, part, base, row_block, token_block, turn, acc);
-      else write<T, kTokens, __half>(args, part, base, row_block, token_block, turn, acc);
+      const uint32_t staging = base + T::kStagingOffset;
+      if (p.out_is_bf16) write<kTokens, __nv_bfloat16>(args, part, row_block, token_block, staging, turn, acc);
+      else write<kTokens, __half>(args, part, row_block, token_block, staging, turn, acc);
     }
     if (T::kTurns && warp / 4 == 0) named_sync<kConsumers>(kTurnOf);
   }
 }
 
 template <Operand kOperand, Format kFormat, int kTokens>
-__global__ void __launch_bounds__(Shape<kOperand, kTokens>::kThreads, Shape<kOperand, kTokens>::kBlocksPerSm)
-    gemm_w4_kernel(const __grid_constant__ GemmArgs args) {
+__global__ void __launch_bounds__(Shape<kOperand, kTokens>::kBound, 1) gemm_w4_kernel(const __grid_constant__ GemmArgs args) {
   multiply_block<kOperand, kFormat, kTokens>(args);
 }
 
@@ -528,12 +512,13 @@ template <Operand kOperand, Format kFormat, int kTokens>
 void launch(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream) {
   using T = Traits<kOperand, kFormat, kTokens>;
   const auto kernel = gemm_w4_kernel<kOperand, kFormat, kTokens>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAloneSmem), "shared memory");
-  static const Room room{count_clusters(kernel, T::kThreads, T::kSmem), count_clusters(kernel, T::kThreads, kAloneSmem)};
-  const float math_ns = kGroups * (T::kE4m3 ? kTokens * 0.54f + 170 : kTokens * 2.7f);
-  const BlockShape block{kRows,           kTokens, T::kThreads,    T::kSmem, kGroups * T::kWeightTile,
-                         T::kReduceBytes, math_ns, T::kBlocksPerSm};
-  launch_divided(kernel, room, block, factor_of(kOperand, kFormat), p, allocate, stream);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  std::max(T::kSmem, kAloneSmem)),
+             "shared memory");
+  const float tile_ns = T::kE4m3 ? std::max(110 + kTokens, kTokens * 19 / 10) : std::max(130 + kTokens * 3 / 2, kTokens * 12 / 5);
+  const BlockShape block{
+      kRows, kTokens, T::kThreads, T::kSmem, T::kBlocksPerSm, kGroups * T::kWeightTile, T::kTilesPerStage, tile_ns};
+  launch_divided(kernel, block, factor_of(kOperand, kFormat), p, allocate, stream);
 }
 
 template <Operand kOperand, Format kFormat>

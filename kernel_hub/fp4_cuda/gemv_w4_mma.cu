@@ -234,7 +234,7 @@ void launch(const GemmProblem& p, cudaStream_t stream) {
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem), "shared memory");
   const int per_sm = std::min(S::kBlocks, kMultiprocessorBytes / (smem + kBlockBytes));
   const int units = row_blocks_of(p, S::kRows);
-  launch_after(kernel, dim3(std::min(units, multiprocessors() * per_sm)), dim3(S::kWarps * 32), smem, 1, stream,
+  launch_after(kernel, dim3(std::min(units, multiprocessors() * per_sm)), dim3(S::kWarps * 32), smem, stream,
                GemvArgs{p, factor_of(kOperand, kFormat), units});
 }
 
@@ -264,9 +264,9 @@ void dispatch_16(const GemmProblem& p, const Allocate& allocate, cudaStream_t st
     case 1: return launch<kOperand, kFormat, GemvShape<2, 2, 16, 2, 1>>(p, stream);
     case 2: return launch<kOperand, kFormat, GemvShape<2, 4, 8, 2, 1>>(p, stream);
   }
-  GemmProblem whole = p;
-  whole.split = 1;
-  run_gemm_sm90(whole, allocate, stream);
+  GemmProblem divided = p;
+  divided.split = 0;
+  run_gemm_sm90(divided, allocate, stream);
 }
 
 }  // namespace

@@ -48,13 +48,6 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 // Shared memory that threads have written becomes visible to the tensor cores and the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The address in the cluster of what is at `local` in block `rank`.
-__device__ __forceinline__ uint32_t cluster_address(uint32_t local, uint32_t rank) {
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-  return remote;
-}
-
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -97,26 +90,6 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
   return p;
 }
 
-// Relaxed: publishes nothing that was written before. A releasing arrival waits for all of this thread's memory operations,
-// also its results on their way to global memory.
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-  cluster_wait();
-}
-
-// Reads a float4 from the shared memory of block `rank` of this cluster at the same offset as `local`.
-__device__ __forceinline__ float4 load_cluster(uint32_t local, uint32_t rank) {
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(cluster_address(local, rank)));
-  return v;
-}
-
 // What the end of a block with the rows n0..n0+kRows-1 waits for: have it in L2 by then.
 template <int kRows>
 __device__ __forceinline__ void prefetch_row_data(const float* row_scale, const void* bias, int n0, int n) {
@@ -156,14 +129,10 @@ inline int multiprocessors() {
 // Launches a kernel that may start before the previous one on the stream has ended: it must call grid_dependency_wait()
 // before it touches anything that an earlier kernel writes or reads.
 template <typename Args>
-void launch_after(void (*kernel)(Args), dim3 grid, dim3 block, int smem, int cluster, cudaStream_t stream, const Args& args) {
-  cudaLaunchAttribute attributes[3];
+void launch_after(void (*kernel)(Args), dim3 grid, dim3 block, int smem, cudaStream_t stream, const Args& args) {
+  cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[2].id = cudaLaunchAttributeClusterDimension;
-  attributes[2].val.clusterDim.x = cluster;
-  attributes[2].val.clusterDim.y = 1;
-  attributes[2].val.clusterDim.z = 1;
   // The same division of L1 and shared memory in every kernel of a chain: a change would make it wait for idle
   // multiprocessors.
   attributes[1].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
@@ -174,7 +143,7 @@ void launch_after(void (*kernel)(Args), dim3 grid, dim3 block, int smem, int clu
   config.dynamicSmemBytes = smem;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 3 : 2;
+  config.numAttrs = 2;
   check_cuda(cudaLaunchKernelEx(&config, kernel, Args(args)), "kernel launch");
 }
 

@@ -129,21 +129,20 @@ LLAMA_8B = {name: (sum(n), 14336 if name == "down" else 4096) for name, n in LLA
 FLOORS = {"bfloat16": 1e-3, "float16": 2e-4, "float32": 1e-6}
 
 
-def divisions(m: int) -> list[int]:
-    """Values of prepared_gemm's `split` for m > 16 tokens, or E4M3 (see GemmProblem::split in fp4_kernels.h). 0, its own choice,
-    is left out."""
-    return [1, 2, 3, 4, 6, 8] + ([9] if m > 64 else [])
+# Values of prepared_gemm's `split` for more than 16 tokens, or E4M3 (see GemmProblem::split in fp4_kernels.h). 0, its own choice,
+# is left out.
+DIVISIONS = [1, 2, 3, 4, 8, 200]
 
 
 def variants(m: int) -> list[int]:
     """The same for m tokens of 16 bit."""
-    return [1, 2, 3, 4] if m <= 8 else [1, 2, 3] if m <= 16 else divisions(m)
+    return [1, 2, 3, 4] if m <= 8 else [1, 2, 3] if m <= 16 else DIVISIONS
 
 
 def choices(m: int, format: str) -> list[int]:
     """Ways to multiply m tokens, as 1000 * operand (OPERANDS in _cuda.py) + `split`."""
     if format == "nvfp4":
         return variants(m)
-    e4m3 = [3000 + division for division in [0, *divisions(m)]]
+    e4m3 = [3000 + division for division in [0, *DIVISIONS]]
     library = [4000] if m >= 256 else []
     return e4m3 + library + variants(m)
