@@ -319,9 +319,9 @@ __device__ __forceinline__ void hand_on(const Exchange& exchange, int block, con
 }
 
 // Adds the sums of the `sources` blocks before this one, as much at once as there are registers for.
-template <int kTokens>
+template <int kTokens, bool kFew>
 __device__ __forceinline__ void take_over(const Exchange& exchange, int block, int sources, float (&acc)[kTokens / 2]) {
-  constexpr int kAll = kTokens / 8, kAtOnce = kAll < 8 ? kAll : kAll < 16 ? 8 : 16, kSources = kAll < 8 ? 8 / kAll : 1;
+  constexpr int kAll = kTokens / 8, kMost = kFew ? 8 : 16, kAtOnce = kAll < kMost ? kAll : kMost, kSources = kMost / kAtOnce;
   named_sync<kConsumers + 32>(kTakenOver);
 #pragma unroll 1
   for (int source = block - sources; source < block; source += kSources) {
@@ -368,67 +368,79 @@ __device__ __forceinline__ void carry_messages(const Exchange& exchange, const W
 }
 
 // The results of one item. Each warpgroup writes its 64 rows without the other: of some tokens at a time, transposed, so that
-// 128 bytes of a token are written together. `turn`: the buffer that is next.
+// 128 bytes of a token are written together. What sums are multiplied by is fetched by the constructor, while they are not yet
+// there.
 template <int kTokens, typename Out>
-__device__ __forceinline__ void write(const GemmArgs& args, const GemmPart& part, int row_block, int token_block,
-                                           uint32_t staging, int& turn, const float (&acc)[kTokens / 2]) {
+struct Results {
   using S = Staging<kTokens>;
-  const GemmProblem& p = args.p;
-  const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int n0 = row_block * kRows + group * 64, row = min(n0 + slice * 16, part.n - 16) + g;
-  const int tokens = min(kTokens, p.m - token_block * kTokens);
-  const Out* bias = static_cast<const Out*>(part.bias);
+  static constexpr int kBlocks = S::kAtOnce / 8;  // of 8 tokens at once
+  const GemmProblem& p;
+  const GemmPart& part;
+  int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  int token_block, tokens, n0;
   float row_scale[2], added[2];  // of rows g and g+8
+  float common, ahead[kBlocks][2];  // of all tokens; fetched one step ahead: of tokens 2t and 2t+1
+
+  __device__ __forceinline__ Results(const GemmArgs& args, const GemmPart& part, int row_block, int token_block)
+      : p(args.p),
+        part(part),
+        token_block(token_block),
+        tokens(min(kTokens, args.p.m - token_block * kTokens)),
+        n0(row_block * kRows + group * 64) {
+    const int row = min(n0 + slice * 16, part.n - 16) + lane / 4;
+    const Out* bias = static_cast<const Out*>(part.bias);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    row_scale[r] = part.row_scale[row + 8 * r] * args.factor;
-    added[r] = bias != nullptr ? static_cast<float>(bias[row + 8 * r]) : -0.0f;  // adding -0 changes nothing
+    for (int r = 0; r < 2; ++r) {
+      row_scale[r] = part.row_scale[row + 8 * r] * args.factor;
+      added[r] = bias != nullptr ? static_cast<float>(bias[row + 8 * r]) : -0.0f;  // adding -0 changes nothing
+    }
+    common = token_scale_of(p, 0);
+    fetch(0);
   }
-  const float common = token_scale_of(p, 0);
-  auto token_scale = [&](int m) {
+  __device__ __forceinline__ float token_scale(int m) const {
     return p.token_scale_stride == 0 ? common : token_scale_of(p, token_block * kTokens + min(m, tokens - 1));
-  };
-  constexpr int kBlocks = S::kAtOnce / 8;  // of 8 tokens at once
-  float ahead[kBlocks][2];                 // fetched one step ahead: of tokens 2t and 2t+1
-  auto fetch = [&](int first) {
+  }
+  __device__ __forceinline__ void fetch(int first) {
 #pragma unroll
     for (int h = 0; h < kBlocks; ++h)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) ahead[h][j] = token_scale(first + 8 * h + 2 * t + j);
-  };
-  fetch(0);
-  const int piece = lane % 8, writer = slice * 4 + lane / 8;  // what this lane writes: 8 rows of every 16th token
-  Out* out = static_cast<Out*>(part.out) + static_cast<int64_t>(token_block) * kTokens * part.n + n0 + piece * 8;
+      for (int j = 0; j < 2; ++j) ahead[h][j] = token_scale(first + 8 * h + lane % 4 * 2 + j);
+  }
+  // `turn`: the buffer that is next.
+  __device__ __forceinline__ void write(uint32_t staging, int& turn, const float (&acc)[kTokens / 2]) {
+    const int piece = lane % 8, writer = slice * 4 + lane / 8;  // what this lane writes: 8 rows of every 16th token
+    Out* out = static_cast<Out*>(part.out) + static_cast<int64_t>(token_block) * kTokens * part.n + n0 + piece * 8;
 #pragma unroll
-  for (int first = 0; first < kTokens; first += S::kAtOnce) {
-    if (first >= tokens) break;
-    const uint32_t buffer = staging + group * S::kBytes + turn * S::kBuffer;
-    turn ^= 1;
+    for (int first = 0; first < kTokens; first += S::kAtOnce) {
+      if (first >= tokens) break;
+      const uint32_t buffer = staging + group * S::kBytes + turn * S::kBuffer;
+      turn ^= 1;
 #pragma unroll
-    for (int h = 0; h < kBlocks; h += 2) {
-      uint32_t pairs[2][2];  // [8 tokens][8 rows]: tokens 2t, 2t+1 of row g
+      for (int h = 0; h < kBlocks; h += 2) {
+        uint32_t pairs[2][2];  // [8 tokens][8 rows]: tokens 2t, 2t+1 of row g
 #pragma unroll
-      for (int b = 0; b < 2; ++b)
+        for (int b = 0; b < 2; ++b)
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float* v = acc + 4 * min(first / 8 + h + b, kTokens / 8 - 1) + 2 * r;  // of 8 tokens, twice
-          pairs[b][r] = pack_pair<Out>(v[0] * (row_scale[r] * ahead[h + b][0]) + added[r],
-                                       v[1] * (row_scale[r] * ahead[h + b][1]) + added[r]);
+          for (int r = 0; r < 2; ++r) {
+            const float* v = acc + 4 * min(first / 8 + h + b, kTokens / 8 - 1) + 2 * r;  // of 8 tokens, twice
+            pairs[b][r] = pack_pair<Out>(v[0] * (row_scale[r] * ahead[h + b][0]) + added[r],
+                                         v[1] * (row_scale[r] * ahead[h + b][1]) + added[r]);
+          }
+        store_transposed(buffer + (8 * h + lane / 16 * 8 + lane % 8) * S::kStride + slice * 32 + lane / 8 % 2 * 16, pairs);
+      }
+      if (first + S::kAtOnce < kTokens) fetch(first + S::kAtOnce);
+      named_sync<128>(kOfGroup + group);  // one is enough: of what is read here, nothing is stored until the next
+#pragma unroll
+      for (int i = 0; i < S::kAtOnce; i += 16) {
+        const int token = first + i + writer;
+        const uint4 rows = load_shared16(buffer + (i + writer) * S::kStride + piece * 16);
+        if (token < tokens && n0 + piece * 8 < part.n) {
+          __stcg(reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * part.n), rows);
         }
-      store_transposed(buffer + (8 * h + lane / 16 * 8 + lane % 8) * S::kStride + slice * 32 + lane / 8 % 2 * 16, pairs);
-    }
-    if (first + S::kAtOnce < kTokens) fetch(first + S::kAtOnce);
-    named_sync<128>(kOfGroup + group);  // one is enough: of what is read here, nothing is stored until the next
-#pragma unroll
-    for (int i = 0; i < S::kAtOnce; i += 16) {
-      const int token = first + i + writer;
-      const uint4 rows = load_shared16(buffer + (i + writer) * S::kStride + piece * 16);
-      if (token < tokens && n0 + piece * 8 < part.n) {
-        __stcg(reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * part.n), rows);
       }
     }
   }
-}
+};
 
 template <Operand kOperand, Format kFormat, int kTokens>
 __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
@@ -491,13 +503,16 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
         hand_on<kTokens>(args.exchange, work.first, acc);
         continue;
       }
-      if (work.takes_over(i)) take_over<kTokens>(args.exchange, work.first, work.sources, acc);
       const int token_block = work.token_block(s.item);
       int row_block = work.row_block(s.item);
       const GemmPart part = part_of(p, kRows, row_block);
-      const uint32_t staging = base + T::kStagingOffset;
-      if (p.out_is_bf16) write<kTokens, __nv_bfloat16>(args, part, row_block, token_block, staging, turn, acc);
-      else write<kTokens, __half>(args, part, row_block, token_block, staging, turn, acc);
+      auto finish = [&](auto out) {
+        Results<kTokens, decltype(out)> results(args, part, row_block, token_block);
+        if (work.takes_over(i)) take_over<kTokens, T::kFew>(args.exchange, work.first, work.sources, acc);
+        results.write(base + T::kStagingOffset, turn, acc);
+      };
+      if (p.out_is_bf16) finish(__nv_bfloat16());
+      else finish(__half());
     }
     if (T::kTurns && warp / 4 == 0) named_sync<kConsumers>(kTurnOf);
   }
