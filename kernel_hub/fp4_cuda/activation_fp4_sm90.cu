@@ -168,21 +168,24 @@ __global__ void __launch_bounds__(128) activation_static_kernel(const Activation
   finish_chunk<T, F, O>(a, token, k0, c, global, 0, token < a.m && k0 < a.k_padded);
 }
 
-// One block per token: the first pass finds the token's largest rotated value, the second quantizes under it. A thread's
-// first chunks stay in registers in between.
+// One cluster of blocks per token: the first pass finds the token's largest rotated value, the second quantizes under it. A
+// thread's first chunks stay in registers in between.
+constexpr int kMostBlocks = 8;  // blocks of a cluster, on every device of this architecture
 template <Format F, int kValues>
 constexpr int kMostThreads = F == Format::kNvfp4 && kValues == 16 ? 384 : 512;  // which need more registers
 
 template <typename T, Format F, Output O, bool kGated, int kValues>
 __global__ void __launch_bounds__((kMostThreads<F, kValues>), 2) activation_dynamic_kernel(const ActivationArgs a) {
+  const int parts = cluster_size(), part = blockIdx.x % parts, token = blockIdx.x / parts;
+  if (parts > 1) cluster_arrive();
   wait_and_launch(a);
   constexpr int kHeld = 32 / kValues;
-  __shared__ float warp_max[16];
+  __shared__ float warp_max[16], block_max[kMostBlocks];
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
-  const int stride = blockDim.x * kValues, k_first = threadIdx.x * kValues;
+  const int stride = parts * blockDim.x * kValues, k_first = (part * blockDim.x + threadIdx.x) * kValues;
   auto rotated = [&](int k0) {
-    Chunk<kValues> c = load_input<kValues, T, kGated>(a, blockIdx.x, k0, k0 < a.k);
+    Chunk<kValues> c = load_input<kValues, T, kGated>(a, token, k0, k0 < a.k);
     rotate(c, a.hadamard);
     return c;
   };
@@ -203,19 +206,28 @@ __global__ void __launch_bounds__((kMostThreads<F, kValues>), 2) activation_dyna
   amax = warp_max[lane % warps];
 #pragma unroll
   for (int h = 8; h > 0; h /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, h));
+  if (parts > 1) {
+    cluster_wait();  // all blocks have started
+    if (threadIdx.x < parts) store_cluster(smem_address(block_max + part), threadIdx.x, amax);
+    cluster_arrive();
+    cluster_wait();
+    amax = block_max[lane % parts];
+#pragma unroll
+    for (int h = kMostBlocks / 2; h > 0; h /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, h));
+  }
 
   float global = 1.0f;
   int token_exponent = 0;
   if constexpr (F == Format::kNvfp4) {
     global = token_range(amax);
-    if (threadIdx.x == 0) a.token_scale[blockIdx.x] = __fdiv_rn(1.0f, global);
+    if (part == 0 && threadIdx.x == 0) a.token_scale[token] = __fdiv_rn(1.0f, global);
   } else {
     // The largest block lands at E4M3 exponent 6 (7 would overflow); rule mse may raise a block by one.
     token_exponent = exponent_of_block(amax) + (a.rule == ScaleRule::kMse ? 1 : 0) - 6;
-    if (threadIdx.x == 0) a.token_scale[blockIdx.x] = ldexpf(1.0f, token_exponent);
+    if (part == 0 && threadIdx.x == 0) a.token_scale[token] = ldexpf(1.0f, token_exponent);
   }
   auto finish = [&](int k0, const Chunk<kValues>& c) {
-    finish_chunk<T, F, O>(a, blockIdx.x, k0, c, global, token_exponent, k0 < a.k_padded);
+    finish_chunk<T, F, O>(a, token, k0, c, global, token_exponent, k0 < a.k_padded);
   };
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
@@ -230,10 +242,14 @@ void launch_chunks(const ActivationArgs& a, [[maybe_unused]] bool dynamic, cudaS
   constexpr bool kEither = F == Format::kNvfp4 && O != Output::kRotated && O != Output::kRotatedPlain;
   if constexpr (kE4m3 || kEither) {
     if (kE4m3 || dynamic) {
-      const int chunks = a.k_padded / kValues;
       constexpr int kMost = kMostThreads<F, kValues>;
+      int parts = 1, chunks = a.k_padded / kValues;
+      // Long rows of few tokens: where threads would have several chunks and multiprocessors nothing.
+      for (; parts < kMostBlocks && 2 * parts * a.m <= multiprocessors() && chunks > kMost; parts *= 2)
+        chunks = (chunks + 1) / 2;
       const int threads = chunks >= kMost ? kMost : chunks > 128 ? 256 : 128;
-      return launch_after(activation_dynamic_kernel<T, F, O, kGated, kValues>, dim3(a.m), dim3(threads), 0, stream, a);
+      const auto kernel = activation_dynamic_kernel<T, F, O, kGated, kValues>;
+      return launch_after(kernel, dim3(a.m * parts), dim3(threads), 0, stream, a, parts);
     }
   }
   if constexpr (!kE4m3) {

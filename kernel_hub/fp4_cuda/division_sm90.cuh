@@ -45,8 +45,8 @@ struct BlockShape {
 // Of how many blocks an item may have parts: see GemmProblem::split. By the shortest estimated time; the numbers are near to
 // what an H200 took (sweep_variants.py).
 inline int choose_split(const BlockShape& block, int token_blocks, int row_blocks, int k_tiles, int places) {
-  constexpr float kMemory = 3600, kSums = 100;             // bytes per ns, of all blocks and of one
-  constexpr float kSegment = 400, kHand = 1500;            // ns
+  constexpr float kMemory = 3600, kSums = 100;   // bytes per ns, of all blocks and of one
+  constexpr float kSegment = 400, kHand = 1500;  // ns
   const int items = token_blocks * row_blocks;
   const float sums = block.rows * block.tokens * 4 / kSums;
   auto tile_ns = [&](int blocks) {
@@ -75,8 +75,8 @@ inline uint64_t new_ticket() {
   return v ^ (v >> 31);
 }
 
-// Two blocks a multiprocessor only where there is an item for more than each: what a kernel finds that starts while another ends
-// are places on some multiprocessors and none on others, and sums of fewer blocks are less.
+// Two blocks a multiprocessor only where there is an item for more than each: what a kernel finds that starts while another
+// ends are places on some multiprocessors and none on others, and sums of fewer blocks are less.
 template <typename Kernel>
 void launch_divided(Kernel kernel, const BlockShape& block, float factor, const GemmProblem& p, const Allocate& allocate,
                     cudaStream_t stream) {

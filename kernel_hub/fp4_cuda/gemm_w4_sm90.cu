@@ -378,7 +378,7 @@ struct Results {
   const GemmPart& part;
   int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   int token_block, tokens, n0;
-  float row_scale[2], added[2];  // of rows g and g+8
+  float row_scale[2], added[2];     // of rows g and g+8
   float common, ahead[kBlocks][2];  // of all tokens; fetched one step ahead: of tokens 2t and 2t+1
 
   __device__ __forceinline__ Results(const GemmArgs& args, const GemmPart& part, int row_block, int token_block)
@@ -527,12 +527,12 @@ template <Operand kOperand, Format kFormat, int kTokens>
 void launch(const GemmProblem& p, const Allocate& allocate, cudaStream_t stream) {
   using T = Traits<kOperand, kFormat, kTokens>;
   const auto kernel = gemm_w4_kernel<kOperand, kFormat, kTokens>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  std::max(T::kSmem, kAloneSmem)),
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, std::max(T::kSmem, kAloneSmem)),
              "shared memory");
-  const float tile_ns = T::kE4m3 ? std::max(110 + kTokens, kTokens * 19 / 10) : std::max(130 + kTokens * 3 / 2, kTokens * 12 / 5);
-  const BlockShape block{
-      kRows, kTokens, T::kThreads, T::kSmem, T::kBlocksPerSm, kGroups * T::kWeightTile, T::kTilesPerStage, tile_ns};
+  const float tile_ns =
+      T::kE4m3 ? std::max(110 + kTokens, kTokens * 19 / 10) : std::max(130 + kTokens * 3 / 2, kTokens * 12 / 5);
+  const BlockShape block{kRows,  kTokens, T::kThreads, T::kSmem, T::kBlocksPerSm, kGroups * T::kWeightTile, T::kTilesPerStage,
+                         tile_ns};
   launch_divided(kernel, block, factor_of(kOperand, kFormat), p, allocate, stream);
 }
 

@@ -90,6 +90,25 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
   return p;
 }
 
+// Blocks of this cluster: 1 where the kernel was launched without.
+__device__ __forceinline__ int cluster_size() {
+  uint32_t size;
+  asm volatile("mov.u32 %0, %cluster_nctaid.x;" : "=r"(size));
+  return size;
+}
+
+// Writes to where `local` is in block `rank` of this cluster, which sees it after the next arrival and wait.
+__device__ __forceinline__ void store_cluster(uint32_t local, uint32_t rank, float v) {
+  asm volatile(
+      "{\n.reg .u32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.f32 [remote], %2;\n}\n" ::"r"(local),
+      "r"(rank), "f"(v)
+      : "memory");
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
 // What the end of a block with the rows n0..n0+kRows-1 waits for: have it in L2 by then.
 template <int kRows>
 __device__ __forceinline__ void prefetch_row_data(const float* row_scale, const void* bias, int n0, int n) {
@@ -129,21 +148,26 @@ inline int multiprocessors() {
 // Launches a kernel that may start before the previous one on the stream has ended: it must call grid_dependency_wait()
 // before it touches anything that an earlier kernel writes or reads.
 template <typename Args>
-void launch_after(void (*kernel)(Args), dim3 grid, dim3 block, int smem, cudaStream_t stream, const Args& args) {
-  cudaLaunchAttribute attributes[2];
+void launch_after(void (*kernel)(Args), dim3 grid, dim3 block, int smem, cudaStream_t stream, const Args& args,
+                  int cluster = 1) {
+  cudaLaunchAttribute attributes[3];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   // The same division of L1 and shared memory in every kernel of a chain: a change would make it wait for idle
   // multiprocessors.
   attributes[1].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
   attributes[1].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+  attributes[2].id = cudaLaunchAttributeClusterDimension;
+  attributes[2].val.clusterDim.x = cluster;
+  attributes[2].val.clusterDim.y = 1;
+  attributes[2].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = smem;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = 2;
+  config.numAttrs = cluster > 1 ? 3 : 2;
   check_cuda(cudaLaunchKernelEx(&config, kernel, Args(args)), "kernel launch");
 }
 
