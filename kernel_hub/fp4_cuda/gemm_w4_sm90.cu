@@ -3,8 +3,8 @@
 // wgmma takes only operand A from registers, so the weights are A (64 rows a warpgroup), expanded from FP4 in registers
 // with their block scales folded in (exact: E2M1 x E4M3 has 6 significant bits, and E2M1 x 2^e is an E4M3 number), and the
 // tokens are B (8..256 tokens a tile) in shared memory. A producer warp streams prepared weight tiles and token tiles with
-// bulk copies into a ring of stages; two consumer warpgroups expand and multiply. A block is alone on its multiprocessor. Work
-// that does not fall evenly to all of them is divided in K too: see Work.
+// bulk copies into a ring of stages; two consumer warpgroups expand and multiply. Work that does not fall evenly to all
+// multiprocessors is divided in K too: see Work.
 #include "consume16_sm90.cuh"
 #include "division_sm90.cuh"
 #include "expand_fp4.cuh"
@@ -406,15 +406,14 @@ struct Results {
 #pragma unroll
       for (int j = 0; j < 2; ++j) ahead[h][j] = token_scale(first + 8 * h + lane % 4 * 2 + j);
   }
-  // `turn`: the buffer that is next.
-  __device__ __forceinline__ void write(uint32_t staging, int& turn, const float (&acc)[kTokens / 2]) {
+  __device__ __forceinline__ void write(uint32_t staging, const float (&acc)[kTokens / 2]) {
     const int piece = lane % 8, writer = slice * 4 + lane / 8;  // what this lane writes: 8 rows of every 16th token
     Out* out = static_cast<Out*>(part.out) + static_cast<int64_t>(token_block) * kTokens * part.n + n0 + piece * 8;
+    named_sync<128>(kOfGroup + group);  // the results before have been read
 #pragma unroll
     for (int first = 0; first < kTokens; first += S::kAtOnce) {
       if (first >= tokens) break;
-      const uint32_t buffer = staging + group * S::kBytes + turn * S::kBuffer;
-      turn ^= 1;
+      const uint32_t buffer = staging + group * S::kBytes + first / S::kAtOnce % 2 * S::kBuffer;
 #pragma unroll
       for (int h = 0; h < kBlocks; h += 2) {
         uint32_t pairs[2][2];  // [8 tokens][8 rows]: tokens 2t, 2t+1 of row g
@@ -487,7 +486,6 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
     }
     if (T::kTurns && warp / 4 == 1) named_arrive<kConsumers>(kTurnOf);
     Cursor<T> at;
-    int turn = 0;
     for (int i = 0; i < work.segments(); ++i) {
       const Segment s = work.segment(i);
       float acc[kTokens / 2];
@@ -509,7 +507,7 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
       auto finish = [&](auto out) {
         Results<kTokens, decltype(out)> results(args, part, row_block, token_block);
         if (work.takes_over(i)) take_over<kTokens, T::kFew>(args.exchange, work.first, work.sources, acc);
-        results.write(base + T::kStagingOffset, turn, acc);
+        results.write(base + T::kStagingOffset, acc);
       };
       if (p.out_is_bf16) finish(__nv_bfloat16());
       else finish(__half());

@@ -431,7 +431,9 @@ def test_graph_and_streams(kernels, mode, m):
     assert all(torch.equal(o, y) for o in outs)
 
 
-@pytest.mark.parametrize("m, n, k", [(20, 640, 4096), (64, 4096, 4096), (100, 640, 4096), (100, 17024, 320), (300, 17024, 448)])
+@pytest.mark.parametrize(
+    "m, n, k", [(20, 640, 4096), (64, 4096, 4096), (100, 640, 4096), (100, 17024, 320), (300, 17024, 448)]
+)
 def test_streamed_sums_in_graphs_and_on_streams(kernels, m, n, k):
     """Blocks that hand sums on: a replayed graph, and products at the same time, which have sums of their own."""
     if kernels.backend_of(torch.get_default_device()) != "cuda":
