@@ -31,7 +31,7 @@ struct Shape {
   static constexpr bool kMoveRegisters = kTokens >= (kE4m3 ? 32 : 256);
   static constexpr int kThreads = kConsumers + (kMoveRegisters ? 128 : 64);
   // As if there were so many threads, which leaves registers for blocks that quantize the next tokens.
-  static constexpr int kBound = kFew ? 768 : kMoveRegisters ? kThreads : 512;
+  static constexpr int kBound = kFew ? (!kE4m3 && kTokens == 32 ? 640 : 768) : kMoveRegisters ? kThreads : 512;
   static constexpr bool kTurns = kE4m3 && kTokens >= 128;  // see consume_e4m3
   static constexpr int kTilesPerStage = kE4m3 ? kPromoteTiles : kTokens <= 128 ? 2 : 1;
   static constexpr int kStages = kE4m3 ? (kTokens == 64    ? 6
