@@ -18,8 +18,7 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // No-swizzle K-major operand: 8 tokens x 16 bytes are contiguous, the next 8 tokens 128 bytes on, the next 16 bytes of k
-// kTokens * 16 bytes on. In a cluster, bits 24 and up of a shared address are the block's rank, which a descriptor must
-// not have.
+// kTokens * 16 bytes on. A descriptor has 14 bits for an address, in units of 16 bytes.
 template <int kTokens>
 __device__ __forceinline__ uint64_t token_descriptor(uint32_t address) {
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (static_cast<uint64_t>(kTokens) << 16) |
