@@ -51,15 +51,15 @@ __device__ __forceinline__ Chunk<kValues> unpack(const Pairs<kValues>& p) {
   return c;
 }
 
-template <int kValues, typename T>
-__device__ __forceinline__ Chunk<kValues> load_chunk(const T* x, bool valid) {
+template <int kValues>
+__device__ __forceinline__ Pairs<kValues> load_pairs(const void* x, bool valid) {
   Pairs<kValues> p;
 #pragma unroll
   for (int i = 0; i < kValues / 8; ++i) {
-    const uint4 raw = valid ? __ldg(reinterpret_cast<const uint4*>(x) + i) : make_uint4(0, 0, 0, 0);
+    const uint4 raw = valid ? __ldg(static_cast<const uint4*>(x) + i) : make_uint4(0, 0, 0, 0);
     p.v[4 * i] = raw.x, p.v[4 * i + 1] = raw.y, p.v[4 * i + 2] = raw.z, p.v[4 * i + 3] = raw.w;
   }
-  return unpack<T>(p);
+  return p;
 }
 
 // Fast Walsh-Hadamard transform, natural order, in registers and then across lanes; then the factor 1/sqrt(size).

@@ -11,6 +11,8 @@
 //   rows: E4M3 [M, K] for the library's FP8 product
 //   plain: bf16 [M, K] (rotated only: the dtype of x), for calibration
 //   packed: uint8 codes [M, K/2] and row-major scales, the bytes of a checkpoint's activations
+#include <algorithm>
+
 #include "activation_fp4.cuh"
 #include "fp4_kernels.h"
 #include "pipeline_sm90.cuh"
@@ -45,22 +47,29 @@ __device__ __forceinline__ float round_to(float v) {
   return static_cast<float>(static_cast<T>(v));
 }
 
-// Values of a token from k0 on. Gated: rounded where PyTorch rounds, so that it has the same bits as
-// `F.silu(gate) * up`.
+// Values of a token from k0 on, as they are in memory: on their way, until they are unpacked. Gated: rounded where PyTorch
+// rounds, so that it has the same bits as `F.silu(gate) * up`.
 template <int kValues, typename T, bool kGated>
-__device__ __forceinline__ Chunk<kValues> load_input(const ActivationArgs& a, int token, int k0, bool valid) {
-  const T* x = static_cast<const T*>(a.x) + static_cast<int64_t>(token) * a.k * (kGated ? 2 : 1) + k0;
-  Chunk<kValues> c = load_chunk<kValues>(x, valid);
-  if constexpr (kGated) {
-    const Chunk<kValues> up = load_chunk<kValues>(x + a.k, valid);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      const float silu = __fdiv_rn(c.v[i], 1.0f + expf(-c.v[i]));
-      c.v[i] = round_to<T>(round_to<T>(silu) * up.v[i]);
-    }
+struct Input {
+  Pairs<kValues> x, up;
+  __device__ __forceinline__ Input(const ActivationArgs& a, int token, int k0, bool valid) {
+    const T* from = static_cast<const T*>(a.x) + static_cast<int64_t>(token) * a.k * (kGated ? 2 : 1) + k0;
+    x = load_pairs<kValues>(from, valid);
+    if constexpr (kGated) up = load_pairs<kValues>(from + a.k, valid);
   }
-  return c;
-}
+  __device__ __forceinline__ Chunk<kValues> unpacked() const {
+    Chunk<kValues> c = unpack<T>(x);
+    if constexpr (kGated) {
+      const Chunk<kValues> by = unpack<T>(up);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        const float silu = __fdiv_rn(c.v[i], 1.0f + expf(-c.v[i]));
+        c.v[i] = round_to<T>(round_to<T>(silu) * by.v[i]);
+      }
+    }
+    return c;
+  }
+};
 
 template <int kCount>
 __device__ __forceinline__ void store_words(uint8_t* out, const uint32_t (&w)[kCount]) {
@@ -110,10 +119,10 @@ __device__ __forceinline__ void store_plain(const ActivationArgs& a, int token, 
 
 enum class Output : int { kRotated, kTiled16, kPacked, kRows8, kTiled8, kPlain, kRotatedPlain };
 
-// Everything that follows the token's range: quantize one chunk and store it.
+// Quantize one chunk under a range that is known, if any, and store it.
 template <typename T, Format F, Output O, int kValues>
 __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token, int k0, const Chunk<kValues>& c, float global,
-                                             int token_exponent, bool store) {
+                                             bool store) {
   if constexpr (O == Output::kRotated) {
     if (store) store_tiled16(a, token, k0, pack<T>(c));
   } else if constexpr (O == Output::kRotatedPlain) {
@@ -123,53 +132,76 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
     if (!store) return;
     if constexpr (O == Output::kTiled16) store_tiled16(a, token, k0, values);
     else store_plain(a, token, k0, values);
-  } else if constexpr (F == Format::kNvfp4) {
-    Pairs<kValues> q;
-    const float s = quantize_nvfp4(c, global, a.rule, q);
-    if (!store || k0 >= a.k) return;
-    store_packed(a, token, k0, q);
-    if (k0 % 16 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 16] = encode_block_scale(s);
   } else {
-    constexpr bool kPacked = O == Output::kPacked;
+    static_assert(O == Output::kPacked);
     Pairs<kValues> q;
-    bool raised;
-    const int e = quantize_mxfp4<std::conditional_t<kPacked, __nv_bfloat16, __half>>(c, a.rule, q, raised);
-    if (!store) return;
-    if constexpr (kPacked) {
-      if (k0 >= a.k) return;
-      if (raised) multiply<__nv_bfloat16>(q, pack_pair<__nv_bfloat16>(0.5f, 0.5f));
-      store_packed(a, token, k0, q);
-      if (k0 % 32 == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / 32] = e + raised + 127;
+    uint8_t scale;
+    if constexpr (F == Format::kNvfp4) {
+      scale = encode_block_scale(quantize_nvfp4(c, global, a.rule, q));
     } else {
-      // Under 2^-13 all are zero in E4M3, and fp16 has its least power of two that is not subnormal.
-      multiply<__half>(q, static_cast<uint32_t>(max(e - token_exponent, -14) + 15) * 0x04000400u);
-      if constexpr (O == Output::kTiled8) {
-        store_tiled8(static_cast<uint8_t*>(a.out), a.token_tile, a.k_padded, token, k0, q);
-      } else {
-        if (k0 < a.k) store_rows8(a, token, k0, q);
-      }
+      bool raised;
+      scale = quantize_mxfp4<__nv_bfloat16>(c, a.rule, q, raised) + raised + 127;
+      if (raised) multiply<__nv_bfloat16>(q, pack_pair<__nv_bfloat16>(0.5f, 0.5f));
     }
+    if (!store || k0 >= a.k) return;
+    constexpr int kBlock = F == Format::kNvfp4 ? 16 : 32;
+    store_packed(a, token, k0, q);
+    if (k0 % kBlock == 0) a.scales[(static_cast<int64_t>(token) * a.k + k0) / kBlock] = scale;
   }
 }
 
-// A warp takes two or four tokens x 128 values, so that tiled stores of a chunk fill 32 or 64 bytes.
+// A warp takes two or four tokens x 128 values, so that tiled stores of a chunk fill 32 or 64 bytes. Some blocks take several
+// groups of tokens, one after the other.
 template <typename T, Format F, Output O, bool kGated, int kValues>
 __global__ void __launch_bounds__(128) activation_static_kernel(const ActivationArgs a) {
   wait_and_launch(a);
   const int lane = threadIdx.x & 31;
-  constexpr int kLanes = kLanesOf128<kValues>;
-  const int token = blockIdx.x * (32 / kLanes) + lane / kLanes;
+  constexpr int kLanes = kLanesOf128<kValues>, kTokens = 32 / kLanes;
   const int k_first = (blockIdx.y * 4 + threadIdx.x / 32) * 128, k0 = k_first + lane % kLanes * kValues;
   const float global = a.global != nullptr ? __ldg(a.global) : 1.0f;
   if (a.token_scale != nullptr && (blockIdx.x | blockIdx.y | threadIdx.x) == 0) a.token_scale[0] = __fdiv_rn(1.0f, global);
   if (k_first >= a.k_padded) return;
-  Chunk<kValues> c = load_input<kValues, T, kGated>(a, token, k0, token < a.m && k0 < a.k);
-  rotate(c, a.hadamard);
-  finish_chunk<T, F, O>(a, token, k0, c, global, 0, token < a.m && k0 < a.k_padded);
+  auto load = [&](int token) { return Input<kValues, T, kGated>(a, token, k0, token < a.m && k0 < a.k); };
+  const int step = gridDim.x * kTokens;
+  int token = blockIdx.x * kTokens + lane / kLanes;
+  Input<kValues, T, kGated> next = load(token);
+  for (int first = blockIdx.x * kTokens; first < a.m; first += step, token += step) {
+    Chunk<kValues> c = next.unpacked();
+    if (first + step < a.m) next = load(token + step);
+    rotate(c, a.hadamard);
+    finish_chunk<T, F, O>(a, token, k0, c, global, token < a.m && k0 < a.k_padded);
+  }
 }
 
-// One cluster of blocks per token: the first pass finds the token's largest rotated value, the second quantizes under it. A
-// thread's first chunks stay in registers in between.
+// What a thread keeps of a chunk until the token's range is known. Its part of the range is an integer that orders as the
+// range.
+template <Format F, int kValues>
+struct Held;
+
+// The largest value, and the values: what they round to depends on the range.
+template <int kValues>
+struct Held<Format::kNvfp4, kValues> {
+  Chunk<kValues> c;
+  __device__ __forceinline__ int hold(const ActivationArgs& a, const Chunk<kValues>& rotated) {
+    c = rotated;
+    return __float_as_int(amax_of(c));
+  }
+};
+
+// The largest exponent of a block, and quantized values, which the range only shifts.
+template <int kValues>
+struct Held<Format::kMxfp4, kValues> {
+  Pairs<kValues> q;
+  int exponent;
+  __device__ __forceinline__ int hold(const ActivationArgs& a, const Chunk<kValues>& rotated) {
+    bool raised;  // of no interest: q is what 2^exponent multiplies
+    exponent = quantize_mxfp4<__half>(rotated, a.rule, q, raised);
+    return exponent;
+  }
+};
+
+// One cluster of blocks per token: the first pass finds the token's range, the second stores what it rounds to. A thread's
+// first chunks stay in registers in between.
 constexpr int kMostBlocks = 8;  // blocks of a cluster, on every device of this architecture
 template <Format F, int kValues>
 constexpr int kMostThreads = F == Format::kNvfp4 && kValues == 16 ? 384 : 512;  // which need more registers
@@ -179,61 +211,83 @@ __global__ void __launch_bounds__((kMostThreads<F, kValues>), 2) activation_dyna
   const int parts = cluster_size(), part = blockIdx.x % parts, token = blockIdx.x / parts;
   if (parts > 1) cluster_arrive();
   wait_and_launch(a);
-  constexpr int kHeld = 32 / kValues;
-  __shared__ float warp_max[16], block_max[kMostBlocks];
+  constexpr int kHeld = 32 / kValues, kNone = -1000;
+  __shared__ int warp_range[16], block_range[kMostBlocks];
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
   const int stride = parts * blockDim.x * kValues, k_first = (part * blockDim.x + threadIdx.x) * kValues;
-  auto rotated = [&](int k0) {
-    Chunk<kValues> c = load_input<kValues, T, kGated>(a, token, k0, k0 < a.k);
+  auto load = [&](int k0) { return Input<kValues, T, kGated>(a, token, k0, k0 < a.k); };
+  auto hold = [&](Held<F, kValues>& held, const Input<kValues, T, kGated>& input) {
+    Chunk<kValues> c = input.unpacked();
     rotate(c, a.hadamard);
-    return c;
+    return held.hold(a, c);
   };
 
-  float amax = 0.0f;
-  Chunk<kValues> held[kHeld];
+  int range = kNone;
+  Held<F, kValues> held[kHeld];
+  Input<kValues, T, kGated> next = load(k_first);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     if (i * stride >= a.k_padded) break;
-    held[i] = rotated(k_first + i * stride);
-    amax = fmaxf(amax, amax_of(held[i]));
+    const Input<kValues, T, kGated> input = next;
+    if (i + 1 < kHeld) next = load(k_first + (i + 1) * stride);
+    range = max(range, hold(held[i], input));
   }
-  for (int base = kHeld * stride; base < a.k_padded; base += stride) amax = fmaxf(amax, amax_of(rotated(k_first + base)));
-#pragma unroll
-  for (int h = 16; h > 0; h /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, h));
-  if (lane == 0) warp_max[warp] = amax;
+  for (int base = kHeld * stride; base < a.k_padded; base += stride) {
+    Held<F, kValues> dropped;
+    range = max(range, hold(dropped, load(k_first + base)));
+  }
+  range = __reduce_max_sync(0xFFFFFFFFu, range);
+  if (lane == 0) warp_range[warp] = range;
   __syncthreads();
-  amax = warp_max[lane % warps];
-#pragma unroll
-  for (int h = 8; h > 0; h /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, h));
+  range = __reduce_max_sync(0xFFFFFFFFu, warp_range[lane % warps]);
   if (parts > 1) {
     cluster_wait();  // all blocks have started
-    if (threadIdx.x < parts) store_cluster(smem_address(block_max + part), threadIdx.x, amax);
+    if (threadIdx.x < parts) store_cluster(smem_address(block_range + part), threadIdx.x, range);
     cluster_arrive();
     cluster_wait();
-    amax = block_max[lane % parts];
-#pragma unroll
-    for (int h = kMostBlocks / 2; h > 0; h /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, h));
+    range = __reduce_max_sync(0xFFFFFFFFu, block_range[lane % parts]);
   }
 
-  float global = 1.0f;
+  float global = 1.0f, token_scale;
   int token_exponent = 0;
   if constexpr (F == Format::kNvfp4) {
-    global = token_range(amax);
-    if (part == 0 && threadIdx.x == 0) a.token_scale[token] = __fdiv_rn(1.0f, global);
+    global = token_range(__int_as_float(range));
+    token_scale = __fdiv_rn(1.0f, global);
   } else {
     // The largest block lands at E4M3 exponent 6 (7 would overflow); rule mse may raise a block by one.
-    token_exponent = exponent_of_block(amax) + (a.rule == ScaleRule::kMse ? 1 : 0) - 6;
-    if (part == 0 && threadIdx.x == 0) a.token_scale[token] = ldexpf(1.0f, token_exponent);
+    token_exponent = range + (a.rule == ScaleRule::kMse ? 1 : 0) - 6;
+    token_scale = ldexpf(1.0f, token_exponent);
   }
-  auto finish = [&](int k0, const Chunk<kValues>& c) {
-    finish_chunk<T, F, O>(a, token, k0, c, global, token_exponent, k0 < a.k_padded);
+  if (part == 0 && threadIdx.x == 0) a.token_scale[token] = token_scale;
+  auto finish = [&](int k0, Held<F, kValues>& h) {
+    if constexpr (F == Format::kNvfp4) {
+      finish_chunk<T, F, O>(a, token, k0, h.c, global, k0 < a.k_padded);
+    } else {
+      // Under 2^-13 all are zero in E4M3, and fp16 has its least power of two that is not subnormal.
+      multiply<__half>(h.q, static_cast<uint32_t>(max(h.exponent - token_exponent, -14) + 15) * 0x04000400u);
+      if constexpr (O == Output::kTiled8) {
+        if (k0 < a.k_padded) store_tiled8(static_cast<uint8_t*>(a.out), a.token_tile, a.k_padded, token, k0, h.q);
+      } else {
+        if (k0 < a.k) store_rows8(a, token, k0, h.q);
+      }
+    }
   };
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     if (i * stride < a.k_padded) finish(k_first + i * stride, held[i]);
   }
-  for (int base = kHeld * stride; base < a.k_padded; base += stride) finish(k_first + base, rotated(k_first + base));
+  for (int base = kHeld * stride; base < a.k_padded; base += stride) {
+    Held<F, kValues> again;
+    hold(again, load(k_first + base));
+    finish(k_first + base, again);
+  }
+}
+
+// Whether a product of as many tokens leaves registers for blocks of a kernel beside it.
+template <Output O>
+bool beside_product(const ActivationArgs& a) {
+  return (O == Output::kRotated || O == Output::kTiled16) && !a.experts && a.token_tile <= 128;
 }
 
 template <typename T, Format F, Output O, bool kGated, int kValues>
@@ -247,14 +301,26 @@ void launch_chunks(const ActivationArgs& a, [[maybe_unused]] bool dynamic, cudaS
       // Long rows of few tokens: where threads would have several chunks and multiprocessors nothing.
       for (; parts < kMostBlocks && 2 * parts * a.m <= multiprocessors() && chunks > kMost; parts *= 2)
         chunks = (chunks + 1) / 2;
-      const int threads = chunks >= kMost ? kMost : chunks > 128 ? 256 : 128;
+      const int each = (chunks + kMost - 1) / kMost, threads = (chunks + 32 * each - 1) / (32 * each) * 32;
       const auto kernel = activation_dynamic_kernel<T, F, O, kGated, kValues>;
-      return launch_after(kernel, dim3(a.m * parts), dim3(threads), 0, stream, a, parts);
+      // The products before and after leave no room beside them; each alone on a multiprocessor, all take the same time.
+      const int smem = a.token_tile == 128 && each > 1 && a.m * parts <= multiprocessors() ? kAloneSmem : 0;
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAloneSmem), "shared memory");
+      return launch_after(kernel, dim3(a.m * parts), dim3(threads), smem, stream, a, parts);
     }
   }
   if constexpr (!kE4m3) {
     constexpr int kTokens = 32 / kLanesOf128<kValues>;
-    const dim3 grid((a.m + kTokens - 1) / kTokens, (a.k_padded + 511) / 512);
+    const int groups = (a.m + kTokens - 1) / kTokens, parts = (a.k_padded + 511) / 512;
+    int each = 1;  // groups of a block
+    // As many blocks as find room beside the product before: with more, the last ones would wait until it ends, crowd where
+    // it ends first, and keep the next product from beginning there. Much work is faster with all of them.
+    if (beside_product<O>(a)) {
+      const int most = std::max(2 * multiprocessors() / parts, 1);
+      each = (groups + most - 1) / most;
+      if (each > 4) each = 1;
+    }
+    const dim3 grid((groups + each - 1) / each, parts);
     launch_after(activation_static_kernel<T, F, O, kGated, kValues>, grid, dim3(128), 0, stream, a);
   }
 }
@@ -263,7 +329,8 @@ template <typename T, Format F, Output O, bool kGated = false>
 void launch(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
   constexpr int64_t kMany = 132 * 1024 * 8;  // values that half fill the GPU, 8 a thread
   if constexpr (O == Output::kRotated || O == Output::kTiled16 || O == Output::kTiled8) {  // a product waits for them
-    if (static_cast<int64_t>(a.m) * a.k < kMany) return launch_chunks<T, F, O, kGated, 8>(a, dynamic, stream);
+    if (beside_product<O>(a) || static_cast<int64_t>(a.m) * a.k < kMany)
+      return launch_chunks<T, F, O, kGated, 8>(a, dynamic, stream);
   }
   launch_chunks<T, F, O, kGated, 16>(a, dynamic, stream);
 }

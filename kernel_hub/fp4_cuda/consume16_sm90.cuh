@@ -33,6 +33,21 @@ struct Cursor {
   }
 };
 
+// The same in all lanes, and known to be, which a register of each lane is not needed for; and kept, where the compiler would
+// compute it anew in each iteration of a loop.
+__device__ __forceinline__ uint32_t uniform(uint32_t v) { return __shfl_sync(0xFFFFFFFFu, v, 0); }
+
+// Descriptors of tiles of tokens: offsets, in units of 16 bytes, concern the lower half of a descriptor only. kKept: where
+// there are registers for it.
+template <bool kKept = true>
+struct TokenDescriptors {
+  uint32_t low, high;
+  __device__ __forceinline__ explicit TokenDescriptors(uint64_t first)
+      : low(kKept ? uniform(static_cast<uint32_t>(first)) : static_cast<uint32_t>(first)),
+        high(static_cast<uint32_t>(first >> 32)) {}
+  __device__ __forceinline__ uint64_t at(uint32_t offset) const { return static_cast<uint64_t>(high) << 32 | (low + offset); }
+};
+
 // What is computed from v is computed after all volatile instructions above: products are to be on their way first.
 __device__ __forceinline__ void not_before(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
 
@@ -48,11 +63,12 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, Cursor
   const uint32_t weights = ring.base + T::kWeightOffset + group * T::kWeightStage;
   const uint32_t codes = weights + codes_offset(slice, lane), scales = weights + scales_offset(kFormat, slice, lane);
   const uint32_t first_token = ring.base + T::kTokenOffset;
-  const uint64_t tokens = T::kSwizzled ? swizzled_descriptor(first_token) : token_descriptor<kTokens>(first_token);
+  const TokenDescriptors<> tokens(T::kSwizzled ? swizzled_descriptor(first_token) : token_descriptor<kTokens>(first_token));
   constexpr int kStep = T::kSwizzled ? 2 : kTokens * 2;  // 16 k, in units of 16 bytes
   uint32_t a[2][4][4], raw_scales;
   uint4 raw;
   Cursor<T> read = at, multiplied = at;  // the stages of raw, and of what is multiplied
+  int last = 0;                          // the stage before that
   auto load = [&](int in_stage) {
     if (in_stage == 0) barrier_wait(ring.full(read.stage), read.phase);
     const uint32_t offset = read.stage * T::kWeightStride + in_stage * T::kWeightTile;
@@ -60,20 +76,23 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, Cursor
     raw_scales = load_shared2(scales + offset);
     if (in_stage == kPerStage - 1) read.next();
   };
-  auto release_last = [&] { ring.release((multiplied.stage == 0 ? T::kStages : multiplied.stage) - 1); };
+  auto next_stage = [&] {
+    last = multiplied.stage;
+    multiplied.next();
+  };
   auto multiply = [&](int in_stage, uint32_t (&src)[4][4]) {
-    const uint64_t tile = tokens + (multiplied.stage * T::kTokenStride + in_stage * T::kTokenTile) / 16;
+    const uint32_t tile = multiplied.stage * (T::kTokenStride / 16) + in_stage * (T::kTokenTile / 16);
     wgmma_fence();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) Wgmma<kOperand, kTokens>::run(acc, src[j], tile + j * kStep, 1);
+    for (int j = 0; j < 4; ++j) Wgmma<kOperand, kTokens>::run(acc, src[j], tokens.at(tile + j * kStep), 1);
     wgmma_commit();
   };
   // Tile i, the u-th of an iteration.
   auto step = [&](int i, int u, bool far_from_end) {
     multiply(u % kPerStage, a[u & 1]);
     wgmma_wait<1>();  // tile i - 1 has been multiplied: its registers and perhaps its stage are free
-    if (u % kPerStage == 0 && i > 0) release_last();
-    if (u % kPerStage == kPerStage - 1) multiplied.next();
+    if (u % kPerStage == 0 && i > 0) ring.release(last);
+    if (u % kPerStage == kPerStage - 1) next_stage();
     if (far_from_end || i + 1 < tiles) {
       not_before(raw);
       expand16<kOperand, kFormat>(raw, raw_scales, a[(u + 1) & 1]);
@@ -97,9 +116,9 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, Cursor
     }
   }
   wgmma_wait<0>();
-  if (tiles % kPerStage != 0) multiplied.next();
+  if (tiles % kPerStage != 0) next_stage();
   at = multiplied;
-  release_last();
+  ring.release(last);
 }
 
 // Four 8 x 8 matrices of 16 bit, transposed: lane 8i + j has the address where column j of matrix i becomes a row.

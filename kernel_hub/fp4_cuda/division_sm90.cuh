@@ -22,17 +22,11 @@ struct Exchange {
 struct GemmArgs {
   GemmProblem p;
   float factor;  // of this operand type, on top of row_scale
+  int blocks;    // with work
   int items;     // tiles of tokens x blocks of rows
   int streamed;  // the last so many items are divided evenly in K over all blocks
   Exchange exchange;
 };
-
-__device__ __forceinline__ float token_scale_of(const GemmProblem& p, int token) {
-  return p.token_scale != nullptr ? p.token_scale[token * p.token_scale_stride] : 1.0f;
-}
-
-// Shared memory of which a multiprocessor has no room for two blocks.
-constexpr int kAloneSmem = 116 << 10;
 
 // One block: rows and tokens of its results, its threads and shared memory; how many of them a multiprocessor has room for;
 // bytes of weights per tile of 64 k, tiles of a stage, and the time that a tile takes a block alone.
@@ -86,7 +80,7 @@ void launch_divided(Kernel kernel, const BlockShape& block, float factor, const 
   const int split = p.split > 0 ? p.split : choose_split(block, token_blocks, row_blocks, p.k_tiles, places);
   const int stages = (p.k_tiles + block.tiles_per_stage - 1) / block.tiles_per_stage;
   const int blocks = std::min(items * std::min(split, stages), places);  // a stage for each
-  GemmArgs args{p, factor, items, 0, {}};
+  GemmArgs args{p, factor, blocks, items, 0, {}};
   if (split > 1 && items % blocks != 0) {
     args.streamed = items < blocks ? items : items % blocks + blocks;
     const int64_t sums = static_cast<int64_t>(blocks) * block.rows * block.tokens / 4;
@@ -95,7 +89,8 @@ void launch_divided(Kernel kernel, const BlockShape& block, float factor, const 
     args.exchange.ticket = new_ticket();
   }
   const int smem = blocks <= alone ? std::max(block.smem, kAloneSmem) : block.smem;
-  launch_after(kernel, dim3(blocks), dim3(block.threads), smem, stream, args);
+  const int grid = 2 * blocks > alone ? std::max(blocks, alone) : blocks;  // see keep_place
+  launch_after(kernel, dim3(grid), dim3(block.threads), smem, stream, args);
 }
 
 }  // namespace fp4

@@ -51,6 +51,12 @@ struct Staging {
   static constexpr int kBuffer = kAtOnce * kStride, kBytes = 2 * kBuffer;
 };
 
+// What an item's sums are multiplied by, and what is added then, as floats in shared memory.
+template <int kTokens>
+struct Factors {
+  static constexpr int kRowScales = kTokens * 4, kAdded = kRowScales + kRows * 4, kBytes = kAdded + kRows * 4;
+};
+
 template <Operand kOperand, Format kFormat, int kTokens>
 struct Traits : Shape<kOperand, kTokens> {
   using S = Shape<kOperand, kTokens>;
@@ -65,7 +71,8 @@ struct Traits : Shape<kOperand, kTokens> {
   static constexpr int kRing = S::kStages * kStageBytes;
   static constexpr int kTableOffset = kRing + 256;  // after the barriers
   static constexpr int kStagingOffset = kTableOffset + (S::kE4m3 ? 256 * 8 : 0);
-  static constexpr int kSmem = kStagingOffset + kGroups * Staging<kTokens>::kBytes + 128;  // 128: alignment
+  static constexpr int kFactorsOffset = kStagingOffset + kGroups * Staging<kTokens>::kBytes;
+  static constexpr int kSmem = kFactorsOffset + Factors<kTokens>::kBytes + 128;  // 128: alignment
 };
 
 struct Range {
@@ -98,14 +105,14 @@ struct Work {
         k_tiles(args.p.k_tiles),
         item_stages((k_tiles + T::kTilesPerStage - 1) / T::kTilesPerStage),
         first(blockIdx.x),
-        step(gridDim.x),
+        step(args.blocks),
         streamed_first(args.items - args.streamed),
         begin(0),
         end(0),
         pieces(0),
         sources(0) {
     wholes = first < streamed_first ? (streamed_first - first + step - 1) / step : 0;
-    if (args.streamed == 0) return;
+    if (args.streamed == 0 || first >= step) return;
     const uint32_t stages = args.streamed * item_stages;
     begin = stages * first / step;
     end = stages * (first + 1) / step;
@@ -202,8 +209,16 @@ __device__ __forceinline__ uint2 load_table(uint32_t table, uint32_t byte) {
   return v;
 }
 
-// Named barriers, of all consumers and the messenger, a warp that waits for them and for other blocks; of a group; of both.
-enum Barrier : int { kHandedOn = 1, kTakenOver, kOfGroup, kTurnOf = kOfGroup + kGroups };
+// Named barriers: of all consumers and the messenger, a warp that waits for them and for other blocks; of a group; of both
+// groups; of a group and the messenger.
+enum Barrier : int {
+  kHandedOn = 1,
+  kTakenOver,
+  kOfGroup,
+  kTurnOf = kOfGroup + kGroups,
+  kFactorsThere = kTurnOf + kGroups,
+  kFactorsRead = kFactorsThere + kGroups
+};
 
 template <int kThreads>
 __device__ __forceinline__ void named_sync(int barrier) {
@@ -229,7 +244,7 @@ __device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, int tiles, uin
   const int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const uint32_t codes = ring.base + group * T::kWeightStage + codes_offset(slice, lane);
   const uint32_t scales = ring.base + group * T::kWeightStage + scales_offset(Format::kMxfp4, slice, lane);
-  const uint64_t tokens = token_descriptor<kTokens>(ring.base + T::kTokenOffset);
+  const TokenDescriptors<kTokens != 256> tokens(token_descriptor<kTokens>(ring.base + T::kTokenOffset));
   uint32_t a[2][2][4];
   float sums[kPart / 2] = {};
   struct Loaded {
@@ -254,10 +269,11 @@ __device__ __forceinline__ void consume_e4m3(const Ring<T>& ring, int tiles, uin
     expand8(loaded[tile].raw, loaded[tile].tables[0], loaded[tile].tables[1], a[tile]);
   };
   auto multiply = [&](int tile, int part) {
-    const uint64_t first = tokens + (at.stage * T::kStageBytes + tile * T::kTokenTile) / 16 + part * kPart;
+    const uint32_t first = at.stage * (T::kStageBytes / 16) + tile * (T::kTokenTile / 16) + part * kPart;
     wgmma_fence();
 #pragma unroll
-    for (int j = 0; j < 2; ++j) Wgmma<Operand::kE4m3, kPart>::run(sums, a[tile][j], first + j * kTokens * 2, tile + j > 0);
+    for (int j = 0; j < 2; ++j)
+      Wgmma<Operand::kE4m3, kPart>::run(sums, a[tile][j], tokens.at(first + j * kTokens * 2), tile + j > 0);
     wgmma_commit();
   };
   auto promote = [&](int part) {
@@ -344,102 +360,147 @@ __device__ __forceinline__ void take_over(const Exchange& exchange, int block, i
           a[0] += v[s][i].x, a[1] += v[s][i].y, a[2] += v[s][i].z, a[3] += v[s][i].w;
         }
       }
-      if (first + kAtOnce < kAll) __threadfence_block();  // no loads of the next ones yet
+      if (first + kAtOnce < kAll) __syncwarp();  // no loads of the next ones yet
     }
   }
 }
 
-// What the messenger does.
-template <class T>
-__device__ __forceinline__ void carry_messages(const Exchange& exchange, const Work<T>& work) {
+// What the messenger, one warp, does besides: it fetches what the results of an item need while consumers multiply.
+template <int kTokens>
+__device__ __forceinline__ void fetch_factors(const GemmProblem& p, int row_block, int token_block, uint32_t factors) {
+  using F = Factors<kTokens>;
+  const GemmPart part = part_of(p, kRows, row_block);
+  const int lane = threadIdx.x % 32, first_token = token_block * kTokens;
+#pragma unroll 1
+  for (int i = lane; i < kTokens; i += 32) {
+    const int token = min(first_token + i, p.m - 1);
+    if (p.token_scale == nullptr) store_shared4(factors + i * 4, 1.0f);
+    else copy_own4(factors + i * 4, p.token_scale + token * p.token_scale_stride);
+  }
+#pragma unroll 1
+  for (int i = lane; i < kRows; i += 32) {
+    const int row = min(row_block * kRows + i, part.n - 1);
+    copy_own4(factors + F::kRowScales + i * 4, part.row_scale + row);
+    float added = -0.0f;  // adding it changes nothing
+    if (part.bias != nullptr) {
+      added = p.out_is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(part.bias)[row])
+                            : __half2float(static_cast<const __half*>(part.bias)[row]);
+    }
+    store_shared4(factors + F::kAdded + i * 4, added);
+  }
+  commit_own();
+  wait_own<0>();
+}
+
+template <class T, int kTokens>
+__device__ __forceinline__ void carry_messages(const GemmArgs& args, const Work<T>& work, uint32_t factors) {
+  const Exchange& exchange = args.exchange;
   const int lane = threadIdx.x % 32;
-  if (work.hands_on()) {
-    named_sync<kConsumers + 32>(kHandedOn);
-    if (lane == 0) store_release(exchange.ready + work.first, exchange.ticket);
+  grid_dependency_wait();
+  for (int segment = 0; segment < work.segments(); ++segment) {
+    if (segment == 0 && work.hands_on()) {
+      named_sync<kConsumers + 32>(kHandedOn);
+      if (lane == 0) store_release(exchange.ready + work.first, exchange.ticket);
+      continue;
+    }
+    const int item = work.segment(segment).item;
+    fetch_factors<kTokens>(args.p, work.row_block(item), work.token_block(item), factors);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) named_arrive<128 + 32>(kFactorsThere + g);
+    if (work.takes_over(segment)) {
+      for (int i = lane; i < work.sources; i += 32) {
+        uint64_t* ready = exchange.ready + work.first - 1 - i;
+        while (load_acquire(ready) != exchange.ticket) __nanosleep(40);
+        *ready = 0;  // a replayed graph has the same ticket
+      }
+      __syncwarp();
+      named_arrive<kConsumers + 32>(kTakenOver);
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) named_sync<128 + 32>(kFactorsRead + g);
   }
-  if (work.sources == 0) return;
-  for (int i = lane; i < work.sources; i += 32) {
-    uint64_t* ready = exchange.ready + work.first - 1 - i;
-    while (load_acquire(ready) != exchange.ticket) __nanosleep(40);
-    *ready = 0;  // a replayed graph has the same ticket
-  }
-  __syncwarp();
-  named_arrive<kConsumers + 32>(kTakenOver);
 }
 
 // The results of one item. Each warpgroup writes its 64 rows without the other: of some tokens at a time, transposed, so that
-// 128 bytes of a token are written together. What sums are multiplied by is fetched by the constructor, while they are not yet
-// there.
+// 128 bytes of a token are written together.
 template <int kTokens, typename Out>
 struct Results {
   using S = Staging<kTokens>;
-  static constexpr int kBlocks = S::kAtOnce / 8;  // of 8 tokens at once
-  const GemmProblem& p;
-  const GemmPart& part;
+  using F = Factors<kTokens>;
+  const uint32_t factors, staging;  // of this warpgroup
   int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  int token_block, tokens, n0;
-  float row_scale[2], added[2];     // of rows g and g+8
-  float common, ahead[kBlocks][2];  // of all tokens; fetched one step ahead: of tokens 2t and 2t+1
+  int tokens, n0, n;
+  Out* out;  // of the item's first token
 
-  __device__ __forceinline__ Results(const GemmArgs& args, const GemmPart& part, int row_block, int token_block)
-      : p(args.p),
-        part(part),
-        token_block(token_block),
-        tokens(min(kTokens, args.p.m - token_block * kTokens)),
-        n0(row_block * kRows + group * 64) {
-    const int row = min(n0 + slice * 16, part.n - 16) + lane / 4;
-    const Out* bias = static_cast<const Out*>(part.bias);
+  __device__ __forceinline__ Results(const GemmProblem& p, int row_block, int token_block, uint32_t factors,
+                                     uint32_t all_staging)
+      : factors(factors),
+        staging(all_staging + threadIdx.x / 128 * S::kBytes),
+        tokens(min(kTokens, p.m - token_block * kTokens)) {
+    const GemmPart part = part_of(p, kRows, row_block);
+    n = part.n;
+    n0 = row_block * kRows + group * 64;
+    out = static_cast<Out*>(part.out) + static_cast<int64_t>(token_block) * kTokens * n;
+  }
+
+  // Of rows g and g+8, of tokens 2t and 2t+1: [row][token].
+  __device__ __forceinline__ void stage(int first, const float (&acc)[kTokens / 2], const float (&row_scale)[2],
+                                        const float (&added)[2]) const {
+    const uint32_t buffer = staging + first / S::kAtOnce % 2 * S::kBuffer;
+#pragma unroll
+    for (int h = 0; h < S::kAtOnce / 8; h += 2) {
+      uint32_t pairs[2][2];  // [8 tokens][8 rows]: tokens 2t, 2t+1 of row g
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        const int block = min(first / 8 + h + b, kTokens / 8 - 1);  // of 8 tokens, twice
+        const float2 scale = load_shared8(factors + block * 32 + lane % 4 * 8);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float* v = acc + 4 * block + 2 * r;
+          pairs[b][r] = pack_pair<Out>(v[0] * (row_scale[r] * scale.x) + added[r], v[1] * (row_scale[r] * scale.y) + added[r]);
+        }
+      }
+      store_transposed(buffer + (8 * h + lane / 16 * 8 + lane % 8) * S::kStride + slice * 32 + lane / 8 % 2 * 16, pairs);
+    }
+  }
+
+  __device__ __forceinline__ void write(float factor, const float (&acc)[kTokens / 2]) const {
+    named_sync<128 + 32>(kFactorsThere + group);  // and the results before have been read
+    float row_scale[2], added[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      row_scale[r] = part.row_scale[row + 8 * r] * args.factor;
-      added[r] = bias != nullptr ? static_cast<float>(bias[row + 8 * r]) : -0.0f;  // adding -0 changes nothing
+      const uint32_t row = (group * 64 + slice * 16 + lane / 4 + 8 * r) * 4;
+      row_scale[r] = load_shared4(factors + F::kRowScales + row) * factor;
+      added[r] = load_shared4(factors + F::kAdded + row);
     }
-    common = token_scale_of(p, 0);
-    fetch(0);
-  }
-  __device__ __forceinline__ float token_scale(int m) const {
-    return p.token_scale_stride == 0 ? common : token_scale_of(p, token_block * kTokens + min(m, tokens - 1));
-  }
-  __device__ __forceinline__ void fetch(int first) {
-#pragma unroll
-    for (int h = 0; h < kBlocks; ++h)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) ahead[h][j] = token_scale(first + 8 * h + lane % 4 * 2 + j);
-  }
-  __device__ __forceinline__ void write(uint32_t staging, const float (&acc)[kTokens / 2]) {
     const int piece = lane % 8, writer = slice * 4 + lane / 8;  // what this lane writes: 8 rows of every 16th token
-    Out* out = static_cast<Out*>(part.out) + static_cast<int64_t>(token_block) * kTokens * part.n + n0 + piece * 8;
-    named_sync<128>(kOfGroup + group);  // the results before have been read
+    stage(0, acc, row_scale, added);
 #pragma unroll
     for (int first = 0; first < kTokens; first += S::kAtOnce) {
       if (first >= tokens) break;
-      const uint32_t buffer = staging + group * S::kBytes + first / S::kAtOnce % 2 * S::kBuffer;
-#pragma unroll
-      for (int h = 0; h < kBlocks; h += 2) {
-        uint32_t pairs[2][2];  // [8 tokens][8 rows]: tokens 2t, 2t+1 of row g
-#pragma unroll
-        for (int b = 0; b < 2; ++b)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const float* v = acc + 4 * min(first / 8 + h + b, kTokens / 8 - 1) + 2 * r;  // of 8 tokens, twice
-            pairs[b][r] = pack_pair<Out>(v[0] * (row_scale[r] * ahead[h + b][0]) + added[r],
-                                         v[1] * (row_scale[r] * ahead[h + b][1]) + added[r]);
-          }
-        store_transposed(buffer + (8 * h + lane / 16 * 8 + lane % 8) * S::kStride + slice * 32 + lane / 8 % 2 * 16, pairs);
-      }
-      if (first + S::kAtOnce < kTokens) fetch(first + S::kAtOnce);
-      named_sync<128>(kOfGroup + group);  // one is enough: of what is read here, nothing is stored until the next
+      named_sync<128>(kOfGroup + group);  // one is enough: what is staged next is where nothing is read from now on
+      if (first + S::kAtOnce < kTokens) stage(first + S::kAtOnce, acc, row_scale, added);
 #pragma unroll
       for (int i = 0; i < S::kAtOnce; i += 16) {
         const int token = first + i + writer;
-        const uint4 rows = load_shared16(buffer + (i + writer) * S::kStride + piece * 16);
-        if (token < tokens && n0 + piece * 8 < part.n) {
-          __stcg(reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * part.n), rows);
+        const uint4 rows =
+            load_shared16(staging + first / S::kAtOnce % 2 * S::kBuffer + (i + writer) * S::kStride + piece * 16);
+        if (token < tokens && n0 + piece * 8 < n) {
+          __stcg(reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * n + n0 + piece * 8), rows);
         }
       }
     }
+    named_arrive<128 + 32>(kFactorsRead + group);
   }
 };
+
+// What the producers of a block without work do. Blocks that quantize the next tokens come as soon as the last tokens are
+// there; where a multiprocessor was empty then, as many would crowd on it as it has room for, and be waited for.
+__device__ __forceinline__ void keep_place() {
+  constexpr int kCycles = 3500;  // 2 us
+  grid_dependency_wait();
+  for (const int64_t begin = clock64(); clock64() - begin < kCycles;) __nanosleep(200);
+}
 
 template <Operand kOperand, Format kFormat, int kTokens>
 __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
@@ -449,8 +510,7 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
   const uint32_t base = (smem_address(raw) + 127) & ~127u;
   const Ring<T> ring{base, base + T::kRing};
   const Work<T> work(args, kTokens);
-  // The same in all lanes, and known to be: what only depends on it then needs no register of a lane.
-  const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0);
+  const int warp = uniform(threadIdx.x / 32);
 
   grid_dependency_launch();
   if (threadIdx.x == kConsumers) {
@@ -473,16 +533,11 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
       producer.begin();
       producer.run();
     }
-    if (warp == kConsumers / 32 + 1) carry_messages(args.exchange, work);
+    if (warp == kConsumers / 32 + 1) carry_messages<T, kTokens>(args, work, base + T::kFactorsOffset);
   } else {
     if constexpr (T::kMoveRegisters) {
       // With 24 of a producer thread, all registers of a block.
       asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(T::kFew ? 104 : 240));
-    }
-    {
-      int row_block = work.row_block(work.segment(0).item);
-      const GemmPart part = part_of(p, kRows, row_block);
-      prefetch_row_data<kRows>(part.row_scale, part.bias, row_block * kRows, part.n);
     }
     if (T::kTurns && warp / 4 == 1) named_arrive<kConsumers>(kTurnOf);
     Cursor<T> at;
@@ -501,19 +556,18 @@ __device__ __forceinline__ void multiply_block(const GemmArgs& args) {
         hand_on<kTokens>(args.exchange, work.first, acc);
         continue;
       }
-      const int token_block = work.token_block(s.item);
-      int row_block = work.row_block(s.item);
-      const GemmPart part = part_of(p, kRows, row_block);
+      if (work.takes_over(i)) take_over<kTokens, T::kFew>(args.exchange, work.first, work.sources, acc);
       auto finish = [&](auto out) {
-        Results<kTokens, decltype(out)> results(args, part, row_block, token_block);
-        if (work.takes_over(i)) take_over<kTokens, T::kFew>(args.exchange, work.first, work.sources, acc);
-        results.write(base + T::kStagingOffset, acc);
+        const Results<kTokens, decltype(out)> results(p, work.row_block(s.item), work.token_block(s.item),
+                                                      base + T::kFactorsOffset, base + T::kStagingOffset);
+        results.write(args.factor, acc);
       };
       if (p.out_is_bf16) finish(__nv_bfloat16());
       else finish(__half());
     }
     if (T::kTurns && warp / 4 == 0) named_sync<kConsumers>(kTurnOf);
   }
+  if (blockIdx.x >= args.blocks) keep_place();
 }
 
 template <Operand kOperand, Format kFormat, int kTokens>

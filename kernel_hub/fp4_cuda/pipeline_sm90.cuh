@@ -17,6 +17,18 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ float2 load_shared8(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ float load_shared4(uint32_t address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+  return v;
+}
+
 __device__ __forceinline__ uint32_t load_shared2(uint32_t address) {
   uint16_t v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
@@ -68,7 +80,10 @@ __device__ __forceinline__ void bulk_copy(uint32_t dst, const void* src, uint32_
       : "memory");
 }
 
-// Copies of 16 bytes by this thread, and the wait for all but the last kPending groups of them.
+// Copies by this thread, and the wait for all but the last kPending groups of them.
+__device__ __forceinline__ void copy_own4(uint32_t dst, const void* src) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(src) : "memory");
+}
 __device__ __forceinline__ void copy_own16(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
@@ -98,12 +113,12 @@ __device__ __forceinline__ int cluster_size() {
 }
 
 // Writes to where `local` is in block `rank` of this cluster, which sees it after the next arrival and wait.
-__device__ __forceinline__ void store_cluster(uint32_t local, uint32_t rank, float v) {
+__device__ __forceinline__ void store_cluster(uint32_t local, uint32_t rank, int v) {
   asm volatile(
       "{\n.reg .u32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.f32 [remote], %2;\n}\n" ::"r"(local),
-      "r"(rank), "f"(v)
+      "st.shared::cluster.s32 [remote], %2;\n}\n" ::"r"(local),
+      "r"(rank), "r"(v)
       : "memory");
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
@@ -136,6 +151,9 @@ __device__ __forceinline__ void grid_dependency_launch() { asm volatile("griddep
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
+
+// Shared memory of which a multiprocessor has no room for two blocks.
+constexpr int kAloneSmem = 116 << 10;
 
 // Of the current device.
 inline int multiprocessors() {
