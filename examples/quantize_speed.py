@@ -115,6 +115,15 @@ def watching(watch: Stopwatch):
         yield
 
 
+def shape_of(name: str, layers: int | None) -> Any:
+    """The config of a model of one of SHAPES, or of another model; with so many blocks, if given."""
+    named = SHAPES.get(name)
+    config = AutoConfig.from_pretrained(name) if named is None else LlamaConfig(**named)
+    if layers:
+        config.num_hidden_layers = layers
+    return config
+
+
 def random_model(config: Any, device: str) -> PreTrainedModel:
     """Weights as a fresh initialisation has them, in bfloat16."""
     torch.manual_seed(0)
@@ -230,10 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.device = join_others() or args.device
     args.model_device = args.model_device or args.device
-    named = SHAPES.get(args.shape)
-    shape = AutoConfig.from_pretrained(args.shape) if named is None else LlamaConfig(**named)
-    if args.layers:
-        shape.num_hidden_layers = args.layers
+    shape = shape_of(args.shape, args.layers)
     name = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else args.device
     print(
         f"{name}, torch {torch.__version__}, {shape.num_hidden_layers} blocks, {args.recipe} {args.format} {args.activations}"

@@ -494,8 +494,8 @@ struct Results {
   }
 };
 
-// What the producers of a block without work do. Blocks that quantize the next tokens come as soon as the last tokens are
-// there; where a multiprocessor was empty then, as many would crowd on it as it has room for, and be waited for.
+// What a block without work does. Blocks that quantize the next tokens come as soon as the last tokens are there; where a
+// multiprocessor was empty then, as many would crowd on it as it has room for, and be waited for.
 __device__ __forceinline__ void keep_place() {
   constexpr int kCycles = 3500;  // 2 us
   grid_dependency_wait();
