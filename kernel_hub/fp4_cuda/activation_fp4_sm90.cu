@@ -150,8 +150,12 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
   }
 }
 
-// A warp takes two or four tokens x 128 values, so that tiled stores of a chunk fill 32 or 64 bytes. Some blocks take several
-// groups of tokens, one after the other.
+// Whether blocks may take several groups of tokens, one after the other, to be no more than find room beside a product: of few
+// tokens only, whose kernel has few registers.
+template <Output O, bool kGated, int kValues>
+constexpr bool kSeveralGroups = kValues == 8 && !kGated && (O == Output::kRotated || O == Output::kTiled16);
+
+// A warp takes two or four tokens x 128 values, so that tiled stores of a chunk fill 32 or 64 bytes.
 template <typename T, Format F, Output O, bool kGated, int kValues>
 __global__ void __launch_bounds__(128) activation_static_kernel(const ActivationArgs a) {
   wait_and_launch(a);
@@ -167,9 +171,10 @@ __global__ void __launch_bounds__(128) activation_static_kernel(const Activation
   Input<kValues, T, kGated> next = load(token);
   for (int first = blockIdx.x * kTokens; first < a.m; first += step, token += step) {
     Chunk<kValues> c = next.unpacked();
-    if (first + step < a.m) next = load(token + step);
+    if (kSeveralGroups<O, kGated, kValues> && first + step < a.m) next = load(token + step);
     rotate(c, a.hadamard);
     finish_chunk<T, F, O>(a, token, k0, c, global, token < a.m && k0 < a.k_padded);
+    if (!kSeveralGroups<O, kGated, kValues>) break;
   }
 }
 
@@ -284,12 +289,6 @@ __global__ void __launch_bounds__((kMostThreads<F, kValues>), 2) activation_dyna
   }
 }
 
-// Whether a product of as many tokens leaves registers for blocks of a kernel beside it.
-template <Output O>
-bool beside_product(const ActivationArgs& a) {
-  return (O == Output::kRotated || O == Output::kTiled16) && !a.experts && a.token_tile <= 128;
-}
-
 template <typename T, Format F, Output O, bool kGated, int kValues>
 void launch_chunks(const ActivationArgs& a, [[maybe_unused]] bool dynamic, cudaStream_t stream) {
   constexpr bool kE4m3 = O == Output::kTiled8 || O == Output::kRows8;
@@ -314,11 +313,10 @@ void launch_chunks(const ActivationArgs& a, [[maybe_unused]] bool dynamic, cudaS
     const int groups = (a.m + kTokens - 1) / kTokens, parts = (a.k_padded + 511) / 512;
     int each = 1;  // groups of a block
     // As many blocks as find room beside the product before: with more, the last ones would wait until it ends, crowd where
-    // it ends first, and keep the next product from beginning there. Much work is faster with all of them.
-    if (beside_product<O>(a)) {
+    // it ends first, and keep the next product from beginning there. One of more than 128 tokens leaves no room.
+    if (kSeveralGroups<O, kGated, kValues> && !a.experts && a.token_tile <= 128) {
       const int most = std::max(2 * multiprocessors() / parts, 1);
       each = (groups + most - 1) / most;
-      if (each > 4) each = 1;
     }
     const dim3 grid((groups + each - 1) / each, parts);
     launch_after(activation_static_kernel<T, F, O, kGated, kValues>, grid, dim3(128), 0, stream, a);
@@ -329,8 +327,7 @@ template <typename T, Format F, Output O, bool kGated = false>
 void launch(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
   constexpr int64_t kMany = 132 * 1024 * 8;  // values that half fill the GPU, 8 a thread
   if constexpr (O == Output::kRotated || O == Output::kTiled16 || O == Output::kTiled8) {  // a product waits for them
-    if (beside_product<O>(a) || static_cast<int64_t>(a.m) * a.k < kMany)
-      return launch_chunks<T, F, O, kGated, 8>(a, dynamic, stream);
+    if (static_cast<int64_t>(a.m) * a.k < kMany) return launch_chunks<T, F, O, kGated, 8>(a, dynamic, stream);
   }
   launch_chunks<T, F, O, kGated, 16>(a, dynamic, stream);
 }

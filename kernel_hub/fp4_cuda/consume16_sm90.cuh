@@ -68,7 +68,7 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, Cursor
   uint32_t a[2][4][4], raw_scales;
   uint4 raw;
   Cursor<T> read = at, multiplied = at;  // the stages of raw, and of what is multiplied
-  int last = 0;                          // the stage before that
+  int last = 0;                          // the stage before that; experts' 96 tokens leave no register for it
   auto load = [&](int in_stage) {
     if (in_stage == 0) barrier_wait(ring.full(read.stage), read.phase);
     const uint32_t offset = read.stage * T::kWeightStride + in_stage * T::kWeightTile;
@@ -76,6 +76,7 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, Cursor
     raw_scales = load_shared2(scales + offset);
     if (in_stage == kPerStage - 1) read.next();
   };
+  auto release_last = [&] { ring.release(T::kSwizzled ? (multiplied.stage == 0 ? T::kStages : multiplied.stage) - 1 : last); };
   auto next_stage = [&] {
     last = multiplied.stage;
     multiplied.next();
@@ -91,7 +92,7 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, Cursor
   auto step = [&](int i, int u, bool far_from_end) {
     multiply(u % kPerStage, a[u & 1]);
     wgmma_wait<1>();  // tile i - 1 has been multiplied: its registers and perhaps its stage are free
-    if (u % kPerStage == 0 && i > 0) ring.release(last);
+    if (u % kPerStage == 0 && i > 0) release_last();
     if (u % kPerStage == kPerStage - 1) next_stage();
     if (far_from_end || i + 1 < tiles) {
       not_before(raw);
@@ -118,7 +119,7 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, Cursor
   wgmma_wait<0>();
   if (tiles % kPerStage != 0) next_stage();
   at = multiplied;
-  ring.release(last);
+  release_last();
 }
 
 // Four 8 x 8 matrices of 16 bit, transposed: lane 8i + j has the address where column j of matrix i becomes a row.
