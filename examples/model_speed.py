@@ -1,11 +1,11 @@
-"""How fast a model of a given shape reads and writes in FP4, next to bf16, with random weights: no download, and a minute or two.
+"""How fast a model of a given shape reads and writes in FP4, next to bf16, with random weights: no download, a minute or two.
 
-    python examples/model_speed.py --prompt-tokens 256 --new-tokens 129                     # Llama-3.1-8B's shape writes, compiled
-    python examples/model_speed.py --format mxfp4 --prompt-tokens 4096 --new-tokens 2       # and reads a prompt
+    python examples/model_speed.py                                  # Llama-3.1-8B's shape writes 129 tokens, compiled
+    python examples/model_speed.py --format mxfp4 --prompt-tokens 4096 --new-tokens 2 --not-compiled    # and reads a long prompt
     python examples/model_speed.py --shape Qwen/Qwen3-8B --layers 4
 
 What is timed is what `hf-fp4 bench QUANTIZED --reference ORIGINAL --compile` times. Weights are rounded to nearest behind a Hadamard
-rotation, which the kernels treat as they treat weights that MR-GPTQ solved.
+rotation of the format's group size; kernels take as long for those as for weights that MR-GPTQ solved.
 """
 
 from __future__ import annotations

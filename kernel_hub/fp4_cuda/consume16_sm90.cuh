@@ -68,7 +68,7 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, Cursor
   uint32_t a[2][4][4], raw_scales;
   uint4 raw;
   Cursor<T> read = at, multiplied = at;  // the stages of raw, and of what is multiplied
-  int last = 0;                          // the stage before that; experts' 96 tokens leave no register for it
+  int last = 0;                          // the stage before that, where there is a register for it
   auto load = [&](int in_stage) {
     if (in_stage == 0) barrier_wait(ring.full(read.stage), read.phase);
     const uint32_t offset = read.stage * T::kWeightStride + in_stage * T::kWeightTile;
@@ -76,7 +76,7 @@ __device__ __forceinline__ void consume16(const Ring<T>& ring, int tiles, Cursor
     raw_scales = load_shared2(scales + offset);
     if (in_stage == kPerStage - 1) read.next();
   };
-  auto release_last = [&] { ring.release(T::kSwizzled ? (multiplied.stage == 0 ? T::kStages : multiplied.stage) - 1 : last); };
+  auto release_last = [&] { ring.release(T::kKeepsLast ? last : (multiplied.stage == 0 ? T::kStages : multiplied.stage) - 1); };
   auto next_stage = [&] {
     last = multiplied.stage;
     multiplied.next();

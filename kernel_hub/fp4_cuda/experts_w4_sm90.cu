@@ -29,7 +29,7 @@ struct ExpertsArgs {
 
 template <Format kFormat, int kTokens>
 struct Traits {
-  static constexpr bool kSwizzled = true;  // of consume16
+  static constexpr bool kSwizzled = true, kKeepsLast = kTokens != 96;  // of consume16
   static constexpr int kGroups = kTokens <= 16 ? 1 : kTokens == 32 ? 2 : 4;
   static constexpr int kBlocksPerSm = 4 / kGroups;
   // Accumulators of 96 tokens need more registers than an even share: the producers are then a whole warpgroup, which hands

@@ -66,8 +66,9 @@ struct Traits : Shape<kOperand, kTokens> {
   static constexpr int kTokenOffset = (kGroups * kWeightStage + 127) / 128 * 128;
   static constexpr int kStageBytes = kTokenOffset + S::kTilesPerStage * kTokenTile;
   static constexpr int kWeightOffset = 0, kWeightStride = kStageBytes, kTokenStride = kStageBytes;
-  static constexpr bool kSwizzled = false;                                     // of consume16
-  static_assert(kWeightOffset + kWeightStride == kTokenStride && !kSwizzled);  // read here at least: E4M3 does not
+  static constexpr bool kSwizzled = false, kKeepsLast = true;  // of consume16
+  // Read here at least: E4M3 does not.
+  static_assert(kWeightOffset + kWeightStride == kTokenStride && !kSwizzled && kKeepsLast);
   static constexpr int kRing = S::kStages * kStageBytes;
   static constexpr int kTableOffset = kRing + 256;  // after the barriers
   static constexpr int kStagingOffset = kTableOffset + (S::kE4m3 ? 256 * 8 : 0);
