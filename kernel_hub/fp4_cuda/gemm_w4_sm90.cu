@@ -428,7 +428,7 @@ template <int kTokens, typename Out>
 struct Results {
   using S = Staging<kTokens>;
   using F = Factors<kTokens>;
-  const uint32_t factors, staging;  // of this warpgroup
+  const uint32_t factors, staging;  // of the item; of this warpgroup
   int group = threadIdx.x / 128, slice = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   int tokens, n0, n;
   Out* out;  // of the item's first token
