@@ -5,7 +5,7 @@
     python examples/model_speed.py --shape Qwen/Qwen3-8B --layers 4
 
 What is timed is what `hf-fp4 bench QUANTIZED --reference ORIGINAL --compile` times. Weights are rounded to nearest behind a Hadamard
-rotation of the format's group size; kernels take as long for those as for weights that MR-GPTQ solved.
+rotation of the format's group size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from quantize_speed import SHAPES, random_model, shape_of
+from quantize_speed import add_model_arguments, random_model, shape_of
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,7 +27,7 @@ from hf_fp4.report import table
 from hf_fp4.rotation import rotate
 from hf_fp4.scales import input_global_scale, weight_global_scale, weight_scales
 
-_LARGEST_INPUT = 8.0  # what a calibration would have found; it changes no time
+_LARGEST_INPUT = 8.0  # in place of a calibration
 
 
 def to_fp4(model: PreTrainedModel, config: MRGPTQConfig) -> PreTrainedModel:
@@ -57,20 +57,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--shape",
-        default="llama-8b",
-        help=f"{', '.join(SHAPES)}, or a model whose config.json gives the shape",
-    )
-    parser.add_argument("--layers", type=int, help="number of decoder blocks")
-    parser.add_argument("--format", default="nvfp4", choices=["nvfp4", "mxfp4"])
-    parser.add_argument("--activations", default="fp4", choices=["fp4", "bf16"])
+    add_model_arguments(parser)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=129)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--not-compiled", action="store_true", help="decode without torch.compile")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     shape = shape_of(args.shape, args.layers)
     config = MRGPTQConfig(format=args.format, activations=args.activations)

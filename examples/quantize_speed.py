@@ -115,6 +115,19 @@ def watching(watch: Stopwatch):
         yield
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which shape, in which format, on which device."""
+    parser.add_argument(
+        "--shape",
+        default="llama-8b",
+        help=f"{', '.join(SHAPES)}, or a model whose config.json gives the shape",
+    )
+    parser.add_argument("--layers", type=int, help="number of decoder blocks")
+    parser.add_argument("--format", default="nvfp4", choices=["nvfp4", "mxfp4"])
+    parser.add_argument("--activations", default="fp4", choices=["fp4", "bf16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
 def shape_of(name: str, layers: int | None) -> Any:
     """The config of a model of one of SHAPES, or of another model; with so many blocks, if given."""
     named = SHAPES.get(name)
@@ -217,19 +230,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--shape",
-        default="llama-8b",
-        help=f"{', '.join(SHAPES)}, or a model whose config.json gives the shape",
-    )
-    parser.add_argument("--layers", type=int, help="number of decoder blocks")
-    parser.add_argument("--format", default="nvfp4", choices=["nvfp4", "mxfp4"])
-    parser.add_argument("--activations", default="fp4", choices=["fp4", "bf16"])
+    add_model_arguments(parser)
     parser.add_argument("--recipe", default="default", choices=["default", "paper", "rtn"])
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model-device", help="where the weights are; default: where they are calibrated")
     parser.add_argument("--directory", type=Path, help="for rtn: where the checkpoint is written meanwhile")
     runs = parser.add_mutually_exclusive_group()

@@ -239,7 +239,7 @@ __global__ void __launch_bounds__((kMostThreads<F, kValues>), 2) activation_dyna
     range = max(range, hold(held[i], input));
   }
   for (int base = kHeld * stride; base < a.k_padded; base += stride) {
-    Held<F, kValues> dropped;
+    Held<F, kValues> dropped;  // the compiler leaves out what makes more than the range
     range = max(range, hold(dropped, load(k_first + base)));
   }
   range = __reduce_max_sync(0xFFFFFFFFu, range);
@@ -304,7 +304,8 @@ void launch_chunks(const ActivationArgs& a, [[maybe_unused]] bool dynamic, cudaS
       const auto kernel = activation_dynamic_kernel<T, F, O, kGated, kValues>;
       // The products before and after leave no room beside them; each alone on a multiprocessor, all take the same time.
       const int smem = a.token_tile == 128 && each > 1 && a.m * parts <= multiprocessors() ? kAloneSmem : 0;
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAloneSmem), "shared memory");
+      if (smem > 0)
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem), "shared memory");
       return launch_after(kernel, dim3(a.m * parts), dim3(threads), smem, stream, a, parts);
     }
   }

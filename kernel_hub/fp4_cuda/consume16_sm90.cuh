@@ -33,10 +33,6 @@ struct Cursor {
   }
 };
 
-// The same in all lanes, and known to be, which a register of each lane is not needed for; and kept, where the compiler would
-// compute it anew in each iteration of a loop.
-__device__ __forceinline__ uint32_t uniform(uint32_t v) { return __shfl_sync(0xFFFFFFFFu, v, 0); }
-
 // Descriptors of tiles of tokens: offsets, in units of 16 bytes, concern the lower half of a descriptor only. kKept: where
 // there are registers for it.
 template <bool kKept = true>

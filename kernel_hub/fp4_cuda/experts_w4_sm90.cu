@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(Traits<kFormat, kTokens>::kThreads, Traits<kFo
   extern __shared__ uint8_t raw[];
   const uint32_t base = (smem_address(raw) + 1023) & ~1023u;
   const Ring<T> ring{base, base + T::kBarriers};
-  const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0);
+  const int warp = uniform(threadIdx.x / 32);
 
   grid_dependency_launch();
   if (threadIdx.x == T::kConsumers) {

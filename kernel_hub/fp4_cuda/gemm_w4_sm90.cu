@@ -210,8 +210,8 @@ __device__ __forceinline__ uint2 load_table(uint32_t table, uint32_t byte) {
   return v;
 }
 
-// Named barriers: of all consumers and the messenger, a warp that waits for them and for other blocks; of a group; of both
-// groups; of a group and the messenger.
+// Named barriers: of all consumers and the messenger (carry_messages); of a group; of both groups; of a group and the
+// messenger.
 enum Barrier : int {
   kHandedOn = 1,
   kTakenOver,
@@ -366,7 +366,7 @@ __device__ __forceinline__ void take_over(const Exchange& exchange, int block, i
   }
 }
 
-// What the messenger, one warp, does besides: it fetches what the results of an item need while consumers multiply.
+// By the messenger.
 template <int kTokens>
 __device__ __forceinline__ void fetch_factors(const GemmProblem& p, int row_block, int token_block, uint32_t factors) {
   using F = Factors<kTokens>;
@@ -393,6 +393,7 @@ __device__ __forceinline__ void fetch_factors(const GemmProblem& p, int row_bloc
   wait_own<0>();
 }
 
+// What the messenger, a warp, does. While consumers multiply for an item, it fetches what the results need.
 template <class T, int kTokens>
 __device__ __forceinline__ void carry_messages(const GemmArgs& args, const Work<T>& work, uint32_t factors) {
   const Exchange& exchange = args.exchange;
@@ -444,10 +445,12 @@ struct Results {
     out = static_cast<Out*>(part.out) + static_cast<int64_t>(token_block) * kTokens * n;
   }
 
-  // Of rows g and g+8, of tokens 2t and 2t+1: [row][token].
+  __device__ __forceinline__ uint32_t buffer_of(int first) const { return staging + first / S::kAtOnce % 2 * S::kBuffer; }
+
+  // row_scale, added: of rows g and g+8.
   __device__ __forceinline__ void stage(int first, const float (&acc)[kTokens / 2], const float (&row_scale)[2],
                                         const float (&added)[2]) const {
-    const uint32_t buffer = staging + first / S::kAtOnce % 2 * S::kBuffer;
+    const uint32_t buffer = buffer_of(first);
 #pragma unroll
     for (int h = 0; h < S::kAtOnce / 8; h += 2) {
       uint32_t pairs[2][2];  // [8 tokens][8 rows]: tokens 2t, 2t+1 of row g
@@ -484,8 +487,7 @@ struct Results {
 #pragma unroll
       for (int i = 0; i < S::kAtOnce; i += 16) {
         const int token = first + i + writer;
-        const uint4 rows =
-            load_shared16(staging + first / S::kAtOnce % 2 * S::kBuffer + (i + writer) * S::kStride + piece * 16);
+        const uint4 rows = load_shared16(buffer_of(first) + (i + writer) * S::kStride + piece * 16);
         if (token < tokens && n0 + piece * 8 < n) {
           __stcg(reinterpret_cast<uint4*>(out + static_cast<int64_t>(token) * n + n0 + piece * 8), rows);
         }

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(S::kWarps * 32, S::kBlocks) gemv_w4_kernel(con
   const GemmProblem& p = args.p;
   extern __shared__ __align__(128) uint8_t shared[];
   const Places<S, kFormat> places(p.m);
-  const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
+  const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
   const int first = p.k_tiles * warp / S::kWarps, count = p.k_tiles * (warp + 1) / S::kWarps - first;
   const int units = (args.units - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);

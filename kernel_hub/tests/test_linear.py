@@ -95,6 +95,13 @@ def test_all_positive(kernels, mode, m):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+def test_long_rows(kernels, mode):
+    """A range per token is sought in more values than threads keep."""
+    x, weight, bias, g = make(Shape(70, 32, 16896), mode)
+    check(call(kernels, x, kernels.prepare_weight(*weight), bias, mode, g), x, weight, bias, mode, g)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
 @pytest.mark.parametrize("exponent", [-20, -6, 6, 12])
 def test_extreme_scales(kernels, mode, exponent):
     shape = Shape(17, 80, 512)
