@@ -21,7 +21,8 @@ from hf_fp4 import MRGPTQConfig
 from hf_fp4.bench import BenchSettings, bench
 from hf_fp4.calibration.group import new_layer
 from hf_fp4.gptq import round_weight
-from hf_fp4.layers.linear import FP4Linear, use_kernels
+from hf_fp4.layers.experts import use_kernels
+from hf_fp4.layers.linear import FP4Linear
 from hf_fp4.layers.replace import replace_linears, select_linears
 from hf_fp4.report import table
 from hf_fp4.rotation import rotate

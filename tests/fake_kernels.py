@@ -145,7 +145,10 @@ def gptq_descend(target, current, scale, matrix, passes, format, global_scale=No
     gptq._descend_columns(target, current, scale, matrix, passes, FP4Format(format), global_scale)
 
 
-def linear(x, packed, row_scale, bias=None, **arguments):
+def linear(x, packed, row_scale, bias=None, *, up=None, **arguments):
+    if up is not None:
+        gates.append(len(x))
+        x = torch.nn.functional.silu(x) * up
     format = "nvfp4" if packed.shape[-1] == x.shape[-1] // 2 + x.shape[-1] // 16 else "mxfp4"
     return gemm(prepare_activation(x, format=format, **arguments), packed, row_scale, bias)
 
@@ -169,13 +172,12 @@ def prepare_experts(weight, weight_scale, weight_global_scale, by_row=False):
     return packed, rows.contiguous()
 
 
-def grouped_linear(x, offsets, packed, row_scale, bias=None, *, index=None, gated=False, **arguments):
+def grouped_linear(x, offsets, packed, row_scale, bias=None, *, up=None, index=None, **arguments):
     """Row by row block of `linear`."""
     grouped.append(len(x))
-    if gated:
+    if up is not None:
         gates.append(len(x))
-        gate, up = x.chunk(2, -1)
-        x = torch.nn.functional.silu(gate) * up
+        x = torch.nn.functional.silu(x) * up
     if packed.dim() == 4:
         packed = packed.flatten(1, 2)[:, : row_scale.shape[1]] ^ 255
     format = "nvfp4" if packed.shape[2] == x.shape[-1] // 2 + x.shape[-1] // 16 else "mxfp4"

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import SiLUActivation
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -26,7 +25,8 @@ from transformers.core_model_loading import (
 from transformers.integrations import moe
 
 from ..backends import Kernels, KernelSource, input_arguments, select
-from .linear import KERNEL_ROWS, KERNEL_TILE_ROWS, FP4Linear, HasStoredLayout
+from .gated_mlp import gate_in_kernels, is_silu
+from .linear import KERNEL_ROWS, KERNEL_TILE_ROWS, FP4Linear, HasStoredLayout, is_watched
 from .linear import use_kernels as use_kernels_by_layer
 
 GATE_UP, DOWN = "gate_up", "down"
@@ -117,7 +117,7 @@ def gates_by_silu(own: Any, layout: ExpertsLayout) -> bool:
     default = getattr(moe, "_default_apply_gate", None)
     plain = getattr(type(own), "_apply_gate", default) is default
     concatenated = layout.gated and layout.concatenated
-    return concatenated and plain and isinstance(getattr(own, "act_fn", None), (nn.SiLU, SiLUActivation))
+    return concatenated and plain and is_silu(getattr(own, "act_fn", None))
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,7 @@ class Projection(nn.Module):
 
     def applies_silu(self, x: torch.Tensor) -> bool:
         """Whether kernels make their input of gate and up ``x`` themselves. Not while somebody looks at that input."""
-        watched = self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__
-        stacked = self._stacked
-        return not watched and stacked is not None and stacked.takes(x)
+        return not is_watched(self) and self._stacked is not None and self._stacked.takes(x)
 
     def compute(self, routed: Routed) -> torch.Tensor:
         """`forward`, also while calibration has that redirected."""
@@ -294,14 +292,15 @@ class _Stacked:
         """[S, N]."""
         layer, module = self.linears[0], self.kernels.module
         assert module is not None
+        x, up = routed.tokens.chunk(2, -1) if routed.gated else (routed.tokens, None)
         return module.grouped_linear(
-            routed.tokens,
+            x,
             routed.offsets,
             self.packed,
             self.row_scale,
-            None if self.bias is None else self.bias.to(routed.tokens.dtype),
+            None if self.bias is None else self.bias.to(x.dtype),
+            up=up,
             index=routed.rows,
-            gated=routed.gated,
             **input_arguments(layer.activation_scale_rule, layer.hadamard_size, layer.input_global_scale),
         )
 
@@ -543,6 +542,7 @@ def use_kernels(model: nn.Module, source: KernelSource) -> set[Kernels]:
     Returns what was found for the devices of the layers.
     """
     stacked = {linear for experts in experts_in(model).values() for linear in experts.use_kernels(source)}
+    gate_in_kernels(model)
     return use_kernels_by_layer(model, source, stacked)
 
 

@@ -27,6 +27,11 @@ _AUTOCAST_DEVICES = {
 }
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody looks at what ``module`` is called on, or has it do something else."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
+
+
 class HasStoredLayout:
     """What `use_kernels` lays out for the device it is on, and has as it is on disk without kernels."""
 
@@ -250,6 +255,20 @@ class FP4Linear(HasStoredLayout, nn.Linear):
         return module.linear(
             x.to(dtype), self.weight, self.row_scale, self._bias_in(dtype), **self._input_arguments
         )
+
+    def can_gate(self, gate: torch.Tensor, up: torch.Tensor) -> bool:
+        """Whether `gated` may take the place of a call. Not while somebody looks at the input, nor for gradients."""
+        differentiates = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (gate, up, self.bias)
+        )
+        autocast = gate.device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(gate.device.type)
+        return self.kernels.take(gate.dtype) and not (is_watched(self) or differentiates or autocast)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """What `forward` makes of silu(gate) * up, [..., in_features] both, which its kernels make themselves: `can_gate`."""
+        module: Any = self.kernels.module
+        bias = self._bias_in(gate.dtype)
+        return module.linear(gate, self.weight, self.row_scale, bias, up=up, **self._input_arguments)
 
     def _bias_in(self, dtype: torch.dtype) -> torch.Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)

@@ -62,14 +62,15 @@ class Layer:
 
     def product(self, which: int, x: torch.Tensor, offsets: torch.Tensor, index=None, tile: int = 0):
         mode, numbers = self.mode, self.kernels._cuda
+        x, up = x.chunk(2, -1) if which == 1 else (x, None)
         if tile:
             return self.kernels._ops.ops.grouped_linear(
-                x, offsets, index, *self.prepared[which], None, self.input_global_scale, numbers.OPERANDS["bf16"],
-                mode.activations == "fp4", mode.hadamard or 0, numbers.RULES[mode.rule], which == 1, tile,
+                x, up, offsets, index, *self.prepared[which], None, self.input_global_scale, numbers.OPERANDS["bf16"],
+                mode.activations == "fp4", mode.hadamard or 0, numbers.RULES[mode.rule], tile,
             )  # fmt: skip
         return self.kernels.grouped_linear(
-            x, offsets, *self.prepared[which], index=index, activations=mode.activations, hadamard=mode.hadamard,
-            rule=mode.rule, input_global_scale=self.input_global_scale, gated=which == 1,
+            x, offsets, *self.prepared[which], up=up, index=index, activations=mode.activations, hadamard=mode.hadamard,
+            rule=mode.rule, input_global_scale=self.input_global_scale,
         )  # fmt: skip
 
     def check(self, which: int, y: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> None:

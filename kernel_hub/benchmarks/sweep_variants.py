@@ -108,9 +108,13 @@ class Problems:
 
         def call(p):
             if variant == LINEAR:
-                (y,) = ops.prepared_linears(x, *([v] for v in p), [None], g, operand, True, mode.hadamard, 0)
+                (y,) = ops.prepared_linears(
+                    x, None, *([v] for v in p), [None], g, operand, True, mode.hadamard, 0
+                )
                 return y
-            tokens = ops.prepare_activation(x, g, numbers.FORMATS[format], operand, True, mode.hadamard, 0)
+            tokens = ops.prepare_activation(
+                x, None, g, numbers.FORMATS[format], operand, True, mode.hadamard, 0
+            )
             return ops.prepared_gemm(*tokens, *p, None, m, operand, True, split)
 
         first, second = call(prepared[-1]), call(prepared[0])

@@ -21,7 +21,8 @@ namespace fp4 {
 namespace {
 
 struct ActivationArgs {
-  const void* x;
+  const void *x, *up;
+  int64_t stride;
   const float* global;  // float32 [1] or null
   void* out;            // tiled operand, or packed codes
   uint8_t* scales;      // packed output only
@@ -48,14 +49,14 @@ __device__ __forceinline__ float round_to(float v) {
 }
 
 // Values of a token from k0 on, as they are in memory: on their way, until they are unpacked. Gated: rounded where PyTorch
-// rounds, so that it has the same bits as `F.silu(gate) * up`.
+// rounds, so that it has the same bits as `F.silu(x) * up`.
 template <int kValues, typename T, bool kGated>
 struct Input {
   Pairs<kValues> x, up;
   __device__ __forceinline__ Input(const ActivationArgs& a, int token, int k0, bool valid) {
-    const T* from = static_cast<const T*>(a.x) + static_cast<int64_t>(token) * a.k * (kGated ? 2 : 1) + k0;
-    x = load_pairs<kValues>(from, valid);
-    if constexpr (kGated) up = load_pairs<kValues>(from + a.k, valid);
+    const int64_t at = static_cast<int64_t>(token) * (kGated ? a.stride : a.k) + k0;
+    x = load_pairs<kValues>(static_cast<const T*>(a.x) + at, valid);
+    if constexpr (kGated) up = load_pairs<kValues>(static_cast<const T*>(a.up) + at, valid);
   }
   __device__ __forceinline__ Chunk<kValues> unpacked() const {
     Chunk<kValues> c = unpack<T>(x);
@@ -152,8 +153,8 @@ __device__ __forceinline__ void finish_chunk(const ActivationArgs& a, int token,
 
 // Whether blocks may take several groups of tokens, one after the other, to be no more than find room beside a product: of few
 // tokens only, whose kernel has few registers.
-template <Output O, bool kGated, int kValues>
-constexpr bool kSeveralGroups = kValues == 8 && !kGated && (O == Output::kRotated || O == Output::kTiled16);
+template <Output O, int kValues>
+constexpr bool kSeveralGroups = kValues == 8 && (O == Output::kRotated || O == Output::kTiled16);
 
 // A warp takes two or four tokens x 128 values, so that tiled stores of a chunk fill 32 or 64 bytes.
 template <typename T, Format F, Output O, bool kGated, int kValues>
@@ -171,10 +172,10 @@ __global__ void __launch_bounds__(128) activation_static_kernel(const Activation
   Input<kValues, T, kGated> next = load(token);
   for (int first = blockIdx.x * kTokens; first < a.m; first += step, token += step) {
     Chunk<kValues> c = next.unpacked();
-    if (kSeveralGroups<O, kGated, kValues> && first + step < a.m) next = load(token + step);
+    if (kSeveralGroups<O, kValues> && first + step < a.m) next = load(token + step);
     rotate(c, a.hadamard);
     finish_chunk<T, F, O>(a, token, k0, c, global, token < a.m && k0 < a.k_padded);
-    if (!kSeveralGroups<O, kGated, kValues>) break;
+    if (!kSeveralGroups<O, kValues>) break;
   }
 }
 
@@ -315,7 +316,7 @@ void launch_chunks(const ActivationArgs& a, [[maybe_unused]] bool dynamic, cudaS
     int each = 1;  // groups of a block
     // As many blocks as find room beside the product before: with more, the last ones would wait until it ends, crowd where
     // it ends first, and keep the next product from beginning there. One of more than 128 tokens leaves no room.
-    if (kSeveralGroups<O, kGated, kValues> && !a.experts && a.token_tile <= 128) {
+    if (kSeveralGroups<O, kValues> && !a.experts && a.token_tile <= 128) {
       const int most = std::max(2 * multiprocessors() / parts, 1);
       each = (groups + most - 1) / most;
     }
@@ -333,9 +334,25 @@ void launch(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
   launch_chunks<T, F, O, kGated, 16>(a, dynamic, stream);
 }
 
+// What a product multiplies.
+template <typename T, bool kGated>
+void launch_operand(const ActivationProblem& p, const ActivationArgs& a, cudaStream_t stream) {
+  if (!p.quantize) return launch<T, Format::kNvfp4, Output::kRotated, kGated>(a, false, stream);
+  if (p.format == static_cast<int>(Format::kNvfp4)) {
+    return launch<T, Format::kNvfp4, Output::kTiled16, kGated>(a, p.global == nullptr, stream);
+  }
+  if (p.operand != static_cast<int>(Operand::kE4m3)) {
+    return launch<T, Format::kMxfp4, Output::kTiled16, kGated>(a, false, stream);
+  }
+  if (p.rows) return launch<T, Format::kMxfp4, Output::kRows8, kGated>(a, true, stream);
+  launch<T, Format::kMxfp4, Output::kTiled8, kGated>(a, true, stream);
+}
+
 template <typename T>
 void dispatch(const ActivationProblem& p, cudaStream_t stream) {
   const ActivationArgs a{p.x,
+                         p.up,
+                         p.stride,
                          p.global,
                          p.out,
                          p.scales,
@@ -350,11 +367,6 @@ void dispatch(const ActivationProblem& p, cudaStream_t stream) {
                          p.experts};
   const bool nvfp4 = p.format == static_cast<int>(Format::kNvfp4);
   const bool dynamic = nvfp4 && p.global == nullptr;
-  if (p.gated) {
-    if (!p.quantize) return launch<T, Format::kNvfp4, Output::kRotated, true>(a, false, stream);
-    if (nvfp4) return launch<T, Format::kNvfp4, Output::kTiled16, true>(a, dynamic, stream);
-    return launch<T, Format::kMxfp4, Output::kTiled16, true>(a, false, stream);
-  }
   if (p.packed) {
     if (nvfp4) return launch<T, Format::kNvfp4, Output::kPacked>(a, dynamic, stream);
     return launch<T, Format::kMxfp4, Output::kPacked>(a, false, stream);
@@ -364,13 +376,8 @@ void dispatch(const ActivationProblem& p, cudaStream_t stream) {
     if (nvfp4) return launch<T, Format::kNvfp4, Output::kPlain>(a, dynamic, stream);
     return launch<T, Format::kMxfp4, Output::kPlain>(a, false, stream);
   }
-  if (!p.quantize) return launch<T, Format::kNvfp4, Output::kRotated>(a, false, stream);
-  if (nvfp4) return launch<T, Format::kNvfp4, Output::kTiled16>(a, dynamic, stream);
-  if (p.operand == static_cast<int>(Operand::kE4m3)) {
-    return p.rows ? launch<T, Format::kMxfp4, Output::kRows8>(a, true, stream)
-                  : launch<T, Format::kMxfp4, Output::kTiled8>(a, true, stream);
-  }
-  return launch<T, Format::kMxfp4, Output::kTiled16>(a, false, stream);
+  if (p.up != nullptr) return launch_operand<T, true>(p, a, stream);
+  launch_operand<T, false>(p, a, stream);
 }
 
 }  // namespace

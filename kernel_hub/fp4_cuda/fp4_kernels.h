@@ -17,9 +17,10 @@ struct Routing {
 };
 
 struct ActivationProblem {
-  const void* x;  // bf16 or fp16 [M, K]
+  const void* x;   // bf16 or fp16 [M, K]
+  const void* up;  // null, or as x: what is rotated is SiLU(x) * up. Not for packed and plain outputs
+  int64_t stride;  // values from a token of x, and of up, to the next; K without up
   bool x_is_bf16;
-  bool gated;           // x is [M, 2 K]: what is rotated is SiLU of the first K times the others. Tiles only
   const float* global;  // float32 [1], divisor, or null: per-token range
   void* out;
   uint8_t* scales;

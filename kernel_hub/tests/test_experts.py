@@ -122,8 +122,8 @@ def test_every_tile_gives_the_result(kernels, shape, mode, gather):
 
     def run(tile):
         return kernels._ops.ops.grouped_linear(
-            x, offsets.int(), None if index is None else index.int(), *prepared, bias, g, numbers.OPERANDS[operand],
-            mode.activations == "fp4", mode.hadamard or 0, numbers.RULES[mode.rule], False, tile,
+            x, None, offsets.int(), None if index is None else index.int(), *prepared, bias, g, numbers.OPERANDS[operand],
+            mode.activations == "fp4", mode.hadamard or 0, numbers.RULES[mode.rule], tile,
         )  # fmt: skip
 
     failed = []
@@ -151,9 +151,9 @@ def test_gated_is_what_pytorch_makes_of_gate_and_up(kernels, shape, mode, gather
     y, want = (
         kernels.grouped_linear(
             tokens, offsets, *prepared, bias, index=index, activations=mode.activations, hadamard=mode.hadamard,
-            rule=mode.rule, input_global_scale=g, gated=gated,
+            rule=mode.rule, input_global_scale=g, up=other,
         )
-        for tokens, gated in ((gate_up, True), (inner, False))
+        for tokens, other in ((gate, up), (inner, None))
     )  # fmt: skip
     assert torch.equal(y, want)
 

@@ -335,7 +335,7 @@ def test_every_division_in_e4m3(kernels, dtype, m, n, k):
     numbers = kernels._cuda
     tokens, others = (
         kernels._ops.ops.prepare_activation(
-            v, None, numbers.FORMATS["mxfp4"], numbers.OPERANDS["e4m3_tiles"], True, mode.hadamard, 0
+            v, None, None, numbers.FORMATS["mxfp4"], numbers.OPERANDS["e4m3_tiles"], True, mode.hadamard, 0
         )
         for v in (x, other)
     )
@@ -397,6 +397,52 @@ def test_linears(kernels, mode, m, rows, k, device):
     for i, y in enumerate(results):
         check(y, x, parts[i][1], biases[i], mode, g)
         assert torch.equal(y, again[i]) and torch.equal(y[-1], run(other)[i][-1])
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.id)
+@pytest.mark.parametrize(
+    "m, k",
+    [
+        (1, 1152),
+        (7, 14336),
+        (12, 384),
+        (20, 96),
+        (64, 14336),
+        (70, 16896),
+        (130, 640),
+        (300, 14336),
+        (2100, 128),
+    ],
+)
+def test_up_is_what_pytorch_makes_of_silu_and_a_product(kernels, mode, m, k, device):
+    """Columns of one tensor, as a fused gate and up have them, and tensors of their own, of any leading dimensions."""
+    if k % (mode.hadamard or 32):
+        pytest.skip("the rotation does not divide K")
+    if device.type == "cpu" and m > 64:
+        pytest.skip("on a CPU PyTorch makes it")
+    _, weight, bias, g = make(Shape(m, 80, k), mode)
+    prepared = kernels.prepare_weight(*weight)
+    both = (torch.randn(m, 2 * k) * torch.rand(m, 1).mul(4).exp2()).to(bias.dtype)
+    both[0, :8], both[-1, :4] = -60, 120
+    gate, up = both.chunk(2, -1)
+    want = call(kernels, torch.nn.functional.silu(gate) * up, prepared, bias, mode, g)
+    arguments = {
+        "activations": mode.activations, "hadamard": mode.hadamard, "rule": mode.rule, "input_global_scale": g,
+        "fp8": mode.fp8,
+    }  # fmt: skip
+    own = [x.contiguous().view(1, m, k) for x in (gate, up)]
+    unlike = [gate, up.contiguous()]  # each with a stride of its own
+    for x, other in ((gate, up), own, unlike):
+        y = kernels.linear(x, *prepared, bias, up=other, **arguments)
+        assert y.shape == (*x.shape[:-1], 80) and torch.equal(y.view(m, 80), want)
+
+
+def test_up_unlike_x_is_refused(kernels):
+    x = torch.randn(3, 512, dtype=torch.bfloat16)
+    prepared = kernels.prepare_weight(*ref.random_weight(64, 512, "nvfp4"))
+    for up in (x[:2], x.half()):
+        with pytest.raises(ValueError, match="up must be as x"):
+            kernels.linear(x, *prepared, up=up)
 
 
 def test_linears_that_cannot_be_one_call_are_refused(kernels):

@@ -76,13 +76,33 @@ int64_t token_tile(int64_t m) {
   return 256;
 }
 
+// Tokens [..., K]. `name`: of the tensor, for messages.
+void check_tokens(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cuda(), name, " must be a CUDA tensor");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half, name,
+                  " must be bfloat16 or float16");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, name, " must be 16-byte aligned; call .clone()");
+}
+
+// Values from a token to the next one.
+int64_t stride_of(const Tensor& x) { return x.is_contiguous() ? x.size(-1) : x.stride(0); }
+
 void check_x(const Tensor& x, int64_t multiple) {
-  STD_TORCH_CHECK(x.is_cuda() && x.is_contiguous(), "x must be a contiguous CUDA tensor; call .contiguous()");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
-                  "x must be bfloat16 or float16");
+  check_tokens(x, "x");
   STD_TORCH_CHECK(x.size(-1) % multiple == 0, "in_features must be a multiple of ", multiple, ", got ", x.size(-1));
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0, "x must be 16-byte aligned; call .clone()");
   STD_TORCH_CHECK(tokens_of(x) < (1 << 24), "at most 2^24 tokens, got ", tokens_of(x));
+}
+
+// Of an MLP: x is the output of gate, and tokens are SiLU(x) * up. Both may be columns of one tensor [M, ...].
+void check_up(const Tensor& x, const Tensor& up) {
+  check_tokens(up, "up");
+  const bool same = up.numel() == x.numel() && up.size(-1) == x.size(-1) && up.scalar_type() == x.scalar_type() &&
+                    up.get_device_index() == x.get_device_index() && stride_of(up) == stride_of(x);
+  STD_TORCH_CHECK(same, "up must have the shape, strides, dtype and device of x");
+  for (const Tensor* t : {&x, &up}) {
+    STD_TORCH_CHECK(t->is_contiguous() || (t->dim() == 2 && t->stride(1) == 1 && t->stride(0) % 8 == 0),
+                    "x and up must be contiguous, or [M, K] with tokens a multiple of 8 values apart; call .contiguous()");
+  }
 }
 
 void check_hadamard(int64_t size, int64_t k) {
@@ -101,13 +121,17 @@ int64_t format_of(const Tensor& packed) {
 
 int64_t experts_of(const Tensor& packed) { return packed.dim() == 4 ? packed.size(0) : 1; }
 
-fp4::ActivationProblem activation_problem(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
-                                          int64_t hadamard, int64_t rule) {
+fp4::ActivationProblem activation_problem(const Tensor& x, const std::optional<Tensor>& up, const std::optional<Tensor>& global,
+                                          int64_t format, int64_t hadamard, int64_t rule) {
   const int64_t k = x.size(-1);
   check_x(x, format == kNvfp4 ? 16 : 32);
+  if (up.has_value()) check_up(x, *up);
+  else STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous; call .contiguous()");
   check_hadamard(hadamard, k);
   fp4::ActivationProblem p = {};
   p.x = x.data_ptr();
+  p.up = data_or_null(up);
+  p.stride = stride_of(x);
   p.x_is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   p.global = static_cast<const float*>(data_or_null(global));
   p.m = static_cast<int>(tokens_of(x));
@@ -251,7 +275,7 @@ std::tuple<Tensor, Tensor> restore_weight(const Tensor& packed, const Tensor& ro
 
 std::tuple<Tensor, Tensor, Tensor> rotate_quantize(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
                                                    int64_t hadamard, int64_t rule) {
-  fp4::ActivationProblem p = activation_problem(x, global, format, hadamard, rule);
+  fp4::ActivationProblem p = activation_problem(x, std::nullopt, global, format, hadamard, rule);
   const DeviceGuard guard(x.get_device_index());
   const bool nvfp4 = format == kNvfp4;
   Tensor codes = new_tensor(x, {p.m, p.k / 2}, ScalarType::Byte);
@@ -269,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor> rotate_quantize(const Tensor& x, const std::o
 
 std::tuple<Tensor, Tensor> fake_quantize(const Tensor& x, const std::optional<Tensor>& global, int64_t format, bool quantize,
                                          int64_t hadamard, int64_t rule) {
-  fp4::ActivationProblem p = activation_problem(x, global, format, hadamard, rule);
+  fp4::ActivationProblem p = activation_problem(x, std::nullopt, global, format, hadamard, rule);
   const DeviceGuard guard(x.get_device_index());
   const bool per_token = quantize && format == kNvfp4 && !global.has_value();
   Tensor values = new_tensor(x, {p.m, p.k}, quantize ? ScalarType::BFloat16 : x.scalar_type());
@@ -282,9 +306,10 @@ std::tuple<Tensor, Tensor> fake_quantize(const Tensor& x, const std::optional<Te
   return {values, token_scale};
 }
 
-std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
-                                              int64_t operand, bool quantize, int64_t hadamard, int64_t rule) {
-  fp4::ActivationProblem p = activation_problem(x, global, format, hadamard, rule);
+std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::optional<Tensor>& up,
+                                              const std::optional<Tensor>& global, int64_t format, int64_t operand,
+                                              bool quantize, int64_t hadamard, int64_t rule) {
+  fp4::ActivationProblem p = activation_problem(x, up, global, format, hadamard, rule);
   check_operand(p, operand, quantize);
   const DeviceGuard guard(x.get_device_index());
   operand = operand_for(p.m, operand, p.x_is_bf16);
@@ -377,9 +402,10 @@ Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tens
 }
 
 // One launch for all of them. Returns what gemms does.
-std::vector<Tensor> prepared_linears(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<Tensor>& row_scale,
-                                     const std::vector<std::optional<Tensor>>& bias, const std::optional<Tensor>& global,
-                                     int64_t operand, bool quantize, int64_t hadamard, int64_t rule) {
+std::vector<Tensor> prepared_linears(const Tensor& x, const std::optional<Tensor>& up, const std::vector<Tensor>& packed,
+                                     const std::vector<Tensor>& row_scale, const std::vector<std::optional<Tensor>>& bias,
+                                     const std::optional<Tensor>& global, int64_t operand, bool quantize, int64_t hadamard,
+                                     int64_t rule) {
   STD_TORCH_CHECK(
       !packed.empty() && packed.size() <= fp4::kMostParts && packed.size() == row_scale.size() && packed.size() == bias.size(),
       "1 to ", fp4::kMostParts, " linears with as many row scales and biases, got ", packed.size(), ", ", row_scale.size(),
@@ -389,7 +415,7 @@ std::vector<Tensor> prepared_linears(const Tensor& x, const std::vector<Tensor>&
   const int64_t m = tokens_of(x);
   STD_TORCH_CHECK(div_up(x.size(-1), 64) == packed[0].size(-2), "x has ", x.size(-1), " features, the weight does not");
   if (operand == kE4m3 && m <= kGemvTokens && linears.rows() > most_bf16_rows(m)) operand = kE4m3Tiles;
-  auto [tokens, token_scale] = prepare_activation(x, global, format_of(packed[0]), operand, quantize, hadamard, rule);
+  auto [tokens, token_scale] = prepare_activation(x, up, global, format_of(packed[0]), operand, quantize, hadamard, rule);
   return gemms(tokens, token_scale, linears, m, operand, out_is_bf16, 0);
 }
 
@@ -418,31 +444,18 @@ static fp4::Routing routing_of(const Tensor& offsets, const std::optional<Tensor
   return r;
 }
 
-// Tokens for run_experts, every one by itself: rotated and quantized once, however many experts it goes to.
-static fp4::ActivationProblem experts_activation(const Tensor& x, const std::optional<Tensor>& global, int64_t format,
-                                                 bool quantize, int64_t hadamard, int64_t rule, bool gated) {
-  fp4::ActivationProblem a = activation_problem(x, global, format, hadamard, rule);
-  if (gated) {
-    const int64_t multiple = format == kNvfp4 ? 32 : 64;
-    STD_TORCH_CHECK(a.k % multiple == 0, "gated features must be a multiple of ", multiple, ", got ", a.k);
-    a.k /= 2;
-    a.k_padded = static_cast<int>(div_up(a.k, 64) * 64);
-    check_hadamard(hadamard, a.k);
-  }
-  a.gated = gated;
+// tile: rows of a tile; 0, or for measuring and tests 8, 16, 32 or 96.
+Tensor grouped_linear(const Tensor& x, const std::optional<Tensor>& up, const Tensor& offsets,
+                      const std::optional<Tensor>& index, const Tensor& packed, const Tensor& row_scale,
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& global, int64_t operand, bool quantize,
+                      int64_t hadamard, int64_t rule, int64_t tile) {
+  const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16;
+  const int64_t format = format_of(packed), experts = experts_of(packed);
+  // Every token by itself: rotated and quantized once, however many experts it goes to.
+  fp4::ActivationProblem a = activation_problem(x, up, global, format, hadamard, rule);
   a.quantize = quantize;
   a.token_tile = 1;
   a.experts = true;
-  return a;
-}
-
-// tile: rows of a tile; 0, or for measuring and tests 8, 16, 32 or 96.
-Tensor grouped_linear(const Tensor& x, const Tensor& offsets, const std::optional<Tensor>& index, const Tensor& packed,
-                      const Tensor& row_scale, const std::optional<Tensor>& bias, const std::optional<Tensor>& global,
-                      int64_t operand, bool quantize, int64_t hadamard, int64_t rule, bool gated, int64_t tile) {
-  const bool out_is_bf16 = x.scalar_type() == ScalarType::BFloat16;
-  const int64_t format = format_of(packed), experts = experts_of(packed);
-  fp4::ActivationProblem a = experts_activation(x, global, format, quantize, hadamard, rule, gated);
   check_operand(a, operand, quantize);
   STD_TORCH_CHECK(packed.dim() == 4 && operand < kE4m3, "grouped_linear takes weights of experts, and 16-bit operands");
   STD_TORCH_CHECK(a.k_padded == packed.size(-2) * 64, "x has ", a.k, " features, the weights do not");
@@ -486,17 +499,17 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "fake_quantize(Tensor x, Tensor? global_scale, int format, bool quantize, int hadamard, int rule)"
       " -> (Tensor, Tensor)");
   ops.def(
-      "prepare_activation(Tensor x, Tensor? global_scale, int format, int operand, bool quantize, int hadamard, int rule)"
-      " -> (Tensor, Tensor)");
+      "prepare_activation(Tensor x, Tensor? up, Tensor? global_scale, int format, int operand, bool quantize, int hadamard,"
+      " int rule) -> (Tensor, Tensor)");
   ops.def(
       "prepared_gemm(Tensor tokens, Tensor token_scale, Tensor packed, Tensor row_scale, Tensor? bias, int m, int operand,"
       " bool out_is_bf16, int split) -> Tensor");
   ops.def(
-      "prepared_linears(Tensor x, Tensor[] packed, Tensor[] row_scale, Tensor?[] bias, Tensor? global_scale, int operand,"
+      "prepared_linears(Tensor x, Tensor? up, Tensor[] packed, Tensor[] row_scale, Tensor?[] bias, Tensor? global_scale, int operand,"
       " bool quantize, int hadamard, int rule) -> Tensor[]");
   ops.def(
-      "grouped_linear(Tensor x, Tensor offsets, Tensor? index, Tensor packed, Tensor row_scale, Tensor? bias,"
-      " Tensor? global_scale, int operand, bool quantize, int hadamard, int rule, bool gated, int tile) -> Tensor");
+      "grouped_linear(Tensor x, Tensor? up, Tensor offsets, Tensor? index, Tensor packed, Tensor row_scale, Tensor? bias,"
+      " Tensor? global_scale, int operand, bool quantize, int hadamard, int rule, int tile) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {

@@ -84,7 +84,7 @@ def backend_of_weight(packed: torch.Tensor) -> str:
 
 def _cuda_tokens(x: torch.Tensor, q: Quantization) -> PreparedTokens:
     tokens, token_scale = ops.prepare_activation(
-        x, q.global_scale, q.format, OPERANDS[q.operand], q.quantize, q.hadamard, q.rule
+        x, None, q.global_scale, q.format, OPERANDS[q.operand], q.quantize, q.hadamard, q.rule
     )
     return PreparedTokens(tokens, token_scale, tuple(x.shape[:-1]), x.dtype, q.operand, "cuda")
 
@@ -99,9 +99,9 @@ def _cuda_gemm(prepared, packed, row_scale, bias):
     )  # fmt: skip
 
 
-def _cuda_linears(x, q, packed, row_scale, bias):
+def _cuda_linears(x, q, packed, row_scale, bias, up=None):
     results = ops.prepared_linears(
-        x, packed, row_scale, bias, q.global_scale, OPERANDS[q.operand], q.quantize, q.hadamard, q.rule
+        x, up, packed, row_scale, bias, q.global_scale, OPERANDS[q.operand], q.quantize, q.hadamard, q.rule
     )
     if len(results) == len(packed):
         return results
@@ -112,17 +112,34 @@ def _cuda_linear(x, q, packed, row_scale, bias):
     return _cuda_linears(x, q, [packed], [row_scale], [bias])[0]
 
 
-def cuda_grouped_linear(x, q, gated, index, offsets, packed, row_scale, bias):
+def input_of(x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    """What is rotated and quantized, where kernels do not make that of x and up themselves."""
+    return x.contiguous() if up is None else torch.nn.functional.silu(x) * up
+
+
+def _with_one_stride(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[M, K] both, in place if they are tensors of their own or columns of one."""
+    gate, up = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
+    if gate.stride() == up.stride() and gate.stride(1) == 1 and gate.stride(0) % 8 == 0:
+        return gate, up
+    return gate.contiguous(), up.contiguous()
+
+
+def _cuda_gated_linear(gate, up, q, packed, row_scale, bias):
+    gate, up = _with_one_stride(gate, up)
+    return _cuda_linears(gate, q, [packed], [row_scale], [bias], up)[0]
+
+
+def cuda_grouped_linear(x, up, q, index, offsets, packed, row_scale, bias):
+    x, up = (x.contiguous(), None) if up is None else _with_one_stride(x, up)
     return ops.grouped_linear(
-        x, offsets, index, packed, row_scale, bias, q.global_scale, OPERANDS[q.operand], q.quantize, q.hadamard,
-        q.rule, gated, 0,
+        x, up, offsets, index, packed, row_scale, bias, q.global_scale, OPERANDS[q.operand], q.quantize, q.hadamard,
+        q.rule, 0,
     )  # fmt: skip
 
 
-def triton_grouped_linear(x, q, gated, index, offsets, packed, row_scale, bias):
-    if gated:
-        gate, up = x.chunk(2, -1)
-        x = torch.nn.functional.silu(gate) * up
+def triton_grouped_linear(x, up, q, index, offsets, packed, row_scale, bias):
+    x = input_of(x, up)
     tokens, token_scale = _triton.ops_prepare_activation(
         x, q.global_scale, q.format, q.quantize, q.hadamard, q.rule
     )
@@ -231,6 +248,7 @@ class Backend(NamedTuple):
     # weight, weight_scale, weight_global_scale of all experts -> packed, row_scale
     prepare_experts: Callable = _triton.prepare_experts
     linears: Callable | None = None  # as `linear`, of several weights in one call
+    gated_linear: Callable | None = None  # as `linear` of silu(gate) * up, which are its first arguments
 
 
 _TRITON = Backend(
@@ -252,6 +270,7 @@ BACKENDS = {
         _cuda_linear,
         lambda *arguments: ops.prepare_weight(*arguments),
         _cuda_linears,
+        _cuda_gated_linear,
     ),
     "triton": _TRITON,
     "blackwell": _TRITON._replace(

@@ -76,7 +76,7 @@ def _register_fakes() -> None:
         return values, x.new_empty((rows,), dtype=torch.float32)
 
     @torch.library.register_fake(add_op_namespace_prefix("prepare_activation"))
-    def _(x, global_scale, format, operand, quantize, hadamard, rule):
+    def _(x, up, global_scale, format, operand, quantize, hadamard, rule):
         k = x.shape[-1]
         m = x.numel() // k
         operand = _operand_for(m, operand, x.dtype)
@@ -95,7 +95,7 @@ def _register_fakes() -> None:
         return tokens.new_empty((m, row_scale.shape[0]), dtype=dtype)
 
     @torch.library.register_fake(add_op_namespace_prefix("prepared_linears"))
-    def _(x, packed, row_scale, bias, global_scale, operand, quantize, hadamard, rule):
+    def _(x, up, packed, row_scale, bias, global_scale, operand, quantize, hadamard, rule):
         m, rows = x.numel() // x.shape[-1], [scale.shape[0] for scale in row_scale]
         if _operand_for(m, operand, x.dtype) == OPERANDS["e4m3_rows"]:
             rows = [sum(rows)]
@@ -103,7 +103,7 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake(add_op_namespace_prefix("grouped_linear"))
     def _(
-        x, offsets, index, packed, row_scale, bias, global_scale, operand, quantize, hadamard, rule, gated, tile
+        x, up, offsets, index, packed, row_scale, bias, global_scale, operand, quantize, hadamard, rule, tile
     ):  # fmt: skip
         rows = x.numel() // x.shape[-1] if index is None else index.shape[0]
         return x.new_empty((rows, row_scale.shape[1]))

@@ -13,6 +13,7 @@ from ._backends import (
     backend_of_weight,
     backend_on,
     cuda_grouped_linear,
+    input_of,
     triton_grouped_linear,
 )
 from ._cuda import FORMATS, RULES, TILE_BYTES
@@ -61,6 +62,12 @@ def _check_activation(x: torch.Tensor, format: str, hadamard: int | None) -> Non
         raise ValueError(
             f"hadamard must be None or one of 16, 32, 64, 128 that divides in_features {k}, got {hadamard}"
         )
+
+
+def _check_up(x: torch.Tensor, up: torch.Tensor | None) -> None:
+    if up is not None and (up.shape, up.dtype, up.device) != (x.shape, x.dtype, x.device):
+        expected, got = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (x, up))
+        raise ValueError(f"up must be as x, {expected}, got {got}")
 
 
 def _check_weight(weight, weight_scale, weight_global_scale):
@@ -211,6 +218,7 @@ def linear(
     row_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    up: torch.Tensor | None = None,
     activations: str = "fp4",
     hadamard: int | None = None,
     rule: str = "absmax",
@@ -220,6 +228,8 @@ def linear(
     """y = quantize(rotate(x)) x weight^T + bias, [..., N] in the dtype of x, FP32 accumulation.
 
     x: bf16, fp16 or (on a CPU) fp32 [..., K]; packed, row_scale: from `prepare_weight`; bias: [N] in the dtype of x.
+    up: as x, which is then the gate of an MLP: silu(x) * up, as PyTorch rounds it, takes its place. The CUDA kernels read both
+        once, and also where they are columns of one tensor.
     activations: "fp4" (W4A4) or "bf16" (W4A16). hadamard: None, 16, 32, 64 or 128.
     rule: which block scales: "absmax"; "four_over_six" (nvfp4), the better of absmax/6 and absmax/4; "mse", the best of those
         and the E4M3 number under absmax/6 (nvfp4), or the better of two exponents (mxfp4).
@@ -228,7 +238,12 @@ def linear(
     """
     format = _format_of_packed(packed, row_scale, x.shape[-1])
     q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8)
-    y = BACKENDS[backend_of_weight(packed)].linear(x.contiguous(), q, packed, row_scale, bias)
+    _check_up(x, up)
+    backend = BACKENDS[backend_of_weight(packed)]
+    if up is None or backend.gated_linear is None:
+        y = backend.linear(input_of(x, up), q, packed, row_scale, bias)
+    else:
+        y = backend.gated_linear(x, up, q, packed, row_scale, bias)
     return y.view(*x.shape[:-1], row_scale.shape[0])
 
 
@@ -291,12 +306,12 @@ def grouped_linear(
     row_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    up: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
     activations: str = "fp4",
     hadamard: int | None = None,
     rule: str = "absmax",
     input_global_scale: torch.Tensor | None = None,
-    gated: bool = False,
 ) -> torch.Tensor:
     """One linear of all experts of a layer, each on its rows: [S, N] in the dtype of x, FP32 accumulation.
 
@@ -304,16 +319,15 @@ def grouped_linear(
     index: int64 or int32 [S], the token that each row is, rows sorted by expert; None: S = T, the tokens as they are.
     offsets: int64 or int32 [E + 1], where each expert's rows start; rows after the last are zeros in the result.
     packed, row_scale: from `prepare_experts`; bias: [E, N] in the dtype of x. Others: as `linear`.
-    gated: x is [T, 2 K], gate and up of an MLP, and the tokens are silu(x[:, :K]) * x[:, K:], as PyTorch rounds them.
 
     The launches depend on shapes only, so a CUDA graph of it takes any routing.
     """
-    k = x.shape[-1] // 2 if gated else x.shape[-1]
-    format = _format_of_packed(packed, row_scale, k)
-    q = _quantization(x[..., :k], format, activations, hadamard, rule, input_global_scale, fp8=False)
+    format = _format_of_packed(packed, row_scale, x.shape[-1])
+    q = _quantization(x, format, activations, hadamard, rule, input_global_scale, fp8=False)
+    _check_up(x, up)
     if offsets.shape[0] != packed.shape[0] + 1:
         raise ValueError(
             f"offsets must be [{packed.shape[0] + 1}] for {packed.shape[0]} experts, got {list(offsets.shape)}"
         )
     run = cuda_grouped_linear if packed.dim() == 4 else triton_grouped_linear
-    return run(x.contiguous(), q, gated, index, offsets, packed, row_scale, bias)
+    return run(x, up, q, index, offsets, packed, row_scale, bias)
