@@ -217,6 +217,17 @@ def test_compiled_without_graph_breaks(model, original):
     assert compiled < 1.2 * eager
 
 
+def test_kernels_gate_with_the_same_bits(model):
+    ids = tiny_tokens(2, 48).cuda()
+    model, mlps = copy.deepcopy(model), [layer.mlp for layer in model.model.layers]
+    assert all("forward" in mlp.__dict__ for mlp in mlps)
+    with torch.no_grad():
+        gated = model(ids).logits
+        for layer in model.model.layers:
+            del layer.mlp.forward
+        assert torch.equal(model(ids).logits, gated)
+
+
 def test_compiled_weight_only_model(weight_only_model):
     ids = tiny_tokens(1, 48).cuda()
     with torch.no_grad():

@@ -211,13 +211,16 @@ struct Held<Format::kMxfp4, kValues> {
 constexpr int kMostBlocks = 8;  // blocks of a cluster, on every device of this architecture
 template <Format F, int kValues>
 constexpr int kMostThreads = F == Format::kNvfp4 && kValues == 16 ? 384 : 512;  // which need more registers
+constexpr int kKept = 32;                                                       // values of a thread
+template <Format F, int kValues>
+constexpr int kMostKept = kKept * kMostThreads<F, kValues>;  // values of a token, of one block
 
 template <typename T, Format F, Output O, bool kGated, int kValues>
 __global__ void __launch_bounds__((kMostThreads<F, kValues>), 2) activation_dynamic_kernel(const ActivationArgs a) {
   const int parts = cluster_size(), part = blockIdx.x % parts, token = blockIdx.x / parts;
   if (parts > 1) cluster_arrive();
   wait_and_launch(a);
-  constexpr int kHeld = 32 / kValues, kNone = -1000;
+  constexpr int kHeld = kKept / kValues, kNone = -1000;
   __shared__ int warp_range[16], block_range[kMostBlocks];
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
@@ -329,7 +332,9 @@ template <typename T, Format F, Output O, bool kGated = false>
 void launch(const ActivationArgs& a, bool dynamic, cudaStream_t stream) {
   constexpr int64_t kMany = 132 * 1024 * 8;  // values that half fill the GPU, 8 a thread
   if constexpr (O == Output::kRotated || O == Output::kTiled16 || O == Output::kTiled8) {  // a product waits for them
-    if (static_cast<int64_t>(a.m) * a.k < kMany) return launch_chunks<T, F, O, kGated, 8>(a, dynamic, stream);
+    // Threads with 8 values at a time keep longer rows of nvfp4.
+    const bool longer = F == Format::kNvfp4 && dynamic && a.k_padded > kMostKept<F, 16>;
+    if (static_cast<int64_t>(a.m) * a.k < kMany || longer) return launch_chunks<T, F, O, kGated, 8>(a, dynamic, stream);
   }
   launch_chunks<T, F, O, kGated, 16>(a, dynamic, stream);
 }

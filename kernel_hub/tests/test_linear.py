@@ -437,6 +437,18 @@ def test_up_is_what_pytorch_makes_of_silu_and_a_product(kernels, mode, m, k, dev
         assert y.shape == (*x.shape[:-1], 80) and torch.equal(y.view(m, 80), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_silu_of_every_value(kernels, dtype):
+    """Times a weight that is 1 on the diagonal and 0 elsewhere: its results are the tokens themselves."""
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(128, 512)
+    gate = torch.where(gate.isfinite(), gate, 0)
+    codes = 2 * torch.eye(512, dtype=torch.uint8)  # of 1.0
+    scale = torch.ones(512, 32).to(torch.float8_e4m3fn)
+    prepared = kernels.prepare_weight(codes[:, ::2] | codes[:, 1::2] << 4, scale, torch.ones(1))
+    y = kernels.linear(gate, *prepared, up=torch.ones_like(gate), activations="bf16")
+    assert torch.equal(y, torch.nn.functional.silu(gate))
+
+
 def test_up_unlike_x_is_refused(kernels):
     x = torch.randn(3, 512, dtype=torch.bfloat16)
     prepared = kernels.prepare_weight(*ref.random_weight(64, 512, "nvfp4"))
