@@ -37,13 +37,40 @@ cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+// As new_empty, which finds its operator by name and takes several times as long.
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle tensor;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  to<int32_t>(from(dtype)), device_type, like.get_device_index(), &tensor));
+  return Tensor(tensor);
 }
 
 const void* data_or_null(const std::optional<Tensor>& t) { return t.has_value() ? t->data_ptr() : nullptr; }
 
 int64_t tokens_of(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.size(-1); }
+
+// Sizes of x without the last one.
+std::vector<int64_t> leading_sizes(const Tensor& x) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
+  return sizes;
+}
+
+std::vector<int64_t> with(std::vector<int64_t> sizes, int64_t last) {
+  sizes.push_back(last);
+  return sizes;
+}
+
+int64_t product_of(const std::vector<int64_t>& sizes) {
+  int64_t product = 1;
+  for (int64_t size : sizes) product *= size;
+  return product;
+}
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -195,22 +222,22 @@ struct Linears {
   }
 };
 
-// Their problem, all but the tokens; `out` gets their outputs.
-fp4::GemmProblem gemm_problem(const Linears& linears, const Tensor& like, int64_t m, int64_t operand, bool out_is_bf16,
-                              std::vector<Tensor>& out) {
+// Their problem, all but the tokens; `out` gets their outputs, [..., N] for tokens [...].
+fp4::GemmProblem gemm_problem(const Linears& linears, const Tensor& like, const std::vector<int64_t>& tokens, int64_t operand,
+                              bool out_is_bf16, std::vector<Tensor>& out) {
   linears.check();
   const std::vector<Tensor>& packed = linears.packed;
   fp4::GemmProblem p = {};
   p.parts = static_cast<int>(packed.size());
   p.out_is_bf16 = out_is_bf16;
-  p.m = static_cast<int>(m);
+  p.m = static_cast<int>(product_of(tokens));
   p.k_tiles = static_cast<int>(packed[0].size(-2));
-  p.token_tile = static_cast<int>(token_tile(m));
+  p.token_tile = static_cast<int>(token_tile(p.m));
   p.format = static_cast<int>(format_of(packed[0]));
   p.operand = kernel_operand(operand);
   for (size_t i = 0; i < packed.size(); ++i) {
     fp4::GemmPart part = gemm_part(packed[i], linears.row_scale[i], linears.bias[i], out_is_bf16);
-    out.push_back(new_tensor(like, {m, part.n}, output_type(out_is_bf16)));
+    out.push_back(new_tensor(like, with(tokens, part.n), output_type(out_is_bf16)));
     part.out = out.back().data_ptr();
     if (i == 0) static_cast<fp4::GemmPart&>(p) = part;
     else p.others[i - 1] = part;
@@ -330,11 +357,12 @@ std::tuple<Tensor, Tensor> prepare_activation(const Tensor& x, const std::option
   return {tokens, token_scale};
 }
 
-// One product for all of them, [M, sum of N]: several take longer. tokens: row-major E4M3 [M, K]. Accumulation in FP32: with
+// One product for all of them, [..., sum of N]: several take longer. tokens: row-major E4M3 [M, K]. Accumulation in FP32: with
 // use_fast_accum, sums of one sign lose their small addends.
-static Tensor library_gemm(const Tensor& tokens, const Tensor& token_scale, const Linears& linears, int64_t m) {
+static Tensor library_gemm(const Tensor& tokens, const Tensor& token_scale, const Linears& linears,
+                           const std::vector<int64_t>& sizes) {
   linears.check();
-  const int64_t n = linears.rows(), k = tokens.numel() / m;
+  const int64_t m = product_of(sizes), n = linears.rows(), k = tokens.numel() / m;
   cudaStream_t stream = current_stream(tokens);
   Tensor weight = new_tensor(tokens, {n, k}, ScalarType::Float8_e4m3fn), scale = new_tensor(tokens, {n}, ScalarType::Float);
   std::optional<Tensor> bias;
@@ -369,13 +397,13 @@ static Tensor library_gemm(const Tensor& tokens, const Tensor& token_scale, cons
                                     from(std::optional<ScalarType>(ScalarType::BFloat16)),
                                     from(false)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_scaled_mm", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return torch::stable::view(torch::stable::detail::to<Tensor>(stack[0]), with(sizes, n));
 }
 
-// A tensor for each of them, or of the library's product one for all.
-static std::vector<Tensor> gemms(const Tensor& tokens, const Tensor& token_scale, const Linears& linears, int64_t m,
-                                 int64_t operand, bool out_is_bf16, int64_t split) {
-  const int64_t format = format_of(linears.packed[0]), k_tiles = linears.packed[0].size(-2);
+// A tensor for each of them, or of the library's product one for all. sizes: of the tokens.
+static std::vector<Tensor> gemms(const Tensor& tokens, const Tensor& token_scale, const Linears& linears,
+                                 const std::vector<int64_t>& sizes, int64_t operand, bool out_is_bf16, int64_t split) {
+  const int64_t m = product_of(sizes), format = format_of(linears.packed[0]), k_tiles = linears.packed[0].size(-2);
   operand = operand_for(m, operand, out_is_bf16);
   const bool library = operand == kE4m3Rows;
   const int64_t tile = token_tile(m);
@@ -385,9 +413,9 @@ static std::vector<Tensor> gemms(const Tensor& tokens, const Tensor& token_scale
   STD_TORCH_CHECK(operand < kE4m3 || format == kMxfp4, "E4M3 operands are for mxfp4 weights");
   STD_TORCH_CHECK(!library || out_is_bf16, "the library's product writes bf16 only");
   const DeviceGuard guard(tokens.get_device_index());
-  if (library) return {library_gemm(tokens, token_scale, linears, m)};
+  if (library) return {library_gemm(tokens, token_scale, linears, sizes)};
   std::vector<Tensor> out;
-  fp4::GemmProblem p = gemm_problem(linears, tokens, m, operand, out_is_bf16, out);
+  fp4::GemmProblem p = gemm_problem(linears, tokens, sizes, operand, out_is_bf16, out);
   p.x = tokens.data_ptr();
   p.token_scale = token_scale.numel() > 0 ? static_cast<const float*>(token_scale.data_ptr()) : nullptr;
   p.token_scale_stride = token_scale.numel() > 1 ? 1 : 0;
@@ -398,7 +426,7 @@ static std::vector<Tensor> gemms(const Tensor& tokens, const Tensor& token_scale
 
 Tensor prepared_gemm(const Tensor& tokens, const Tensor& token_scale, const Tensor& packed, const Tensor& row_scale,
                      const std::optional<Tensor>& bias, int64_t m, int64_t operand, bool out_is_bf16, int64_t split) {
-  return gemms(tokens, token_scale, {{packed}, {row_scale}, {bias}}, m, operand, out_is_bf16, split)[0];
+  return gemms(tokens, token_scale, {{packed}, {row_scale}, {bias}}, {m}, operand, out_is_bf16, split)[0];
 }
 
 // One launch for all of them. Returns what gemms does.
@@ -416,7 +444,7 @@ std::vector<Tensor> prepared_linears(const Tensor& x, const std::optional<Tensor
   STD_TORCH_CHECK(div_up(x.size(-1), 64) == packed[0].size(-2), "x has ", x.size(-1), " features, the weight does not");
   if (operand == kE4m3 && m <= kGemvTokens && linears.rows() > most_bf16_rows(m)) operand = kE4m3Tiles;
   auto [tokens, token_scale] = prepare_activation(x, up, global, format_of(packed[0]), operand, quantize, hadamard, rule);
-  return gemms(tokens, token_scale, linears, m, operand, out_is_bf16, 0);
+  return gemms(tokens, token_scale, linears, leading_sizes(x), operand, out_is_bf16, 0);
 }
 
 // Rows of a tile, by rows per expert on average.
@@ -505,7 +533,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "prepared_gemm(Tensor tokens, Tensor token_scale, Tensor packed, Tensor row_scale, Tensor? bias, int m, int operand,"
       " bool out_is_bf16, int split) -> Tensor");
   ops.def(
-      "prepared_linears(Tensor x, Tensor? up, Tensor[] packed, Tensor[] row_scale, Tensor?[] bias, Tensor? global_scale, int operand,"
+      "prepared_linears(Tensor x, Tensor? up, Tensor[] packed, Tensor[] row_scale, Tensor?[] bias, Tensor? global_scale, int "
+      "operand,"
       " bool quantize, int hadamard, int rule) -> Tensor[]");
   ops.def(
       "grouped_linear(Tensor x, Tensor? up, Tensor offsets, Tensor? index, Tensor packed, Tensor row_scale, Tensor? bias,"

@@ -118,7 +118,9 @@ def input_of(x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
 
 
 def _with_one_stride(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[M, K] both, in place if they are tensors of their own or columns of one."""
+    """As they are if they are tensors of their own; as [M, K], and in place if they are columns of one tensor."""
+    if gate.is_contiguous() and up.is_contiguous():
+        return gate, up
     gate, up = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
     if gate.stride() == up.stride() and gate.stride(1) == 1 and gate.stride(0) % 8 == 0:
         return gate, up

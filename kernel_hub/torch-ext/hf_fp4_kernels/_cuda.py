@@ -99,7 +99,7 @@ def _register_fakes() -> None:
         m, rows = x.numel() // x.shape[-1], [scale.shape[0] for scale in row_scale]
         if _operand_for(m, operand, x.dtype) == OPERANDS["e4m3_rows"]:
             rows = [sum(rows)]
-        return [x.new_empty((m, n)) for n in rows]
+        return [x.new_empty((*x.shape[:-1], n)) for n in rows]
 
     @torch.library.register_fake(add_op_namespace_prefix("grouped_linear"))
     def _(

@@ -64,6 +64,11 @@ def _check_activation(x: torch.Tensor, format: str, hadamard: int | None) -> Non
         )
 
 
+def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A result [M, N], or of the shape already that x leads to."""
+    return y if y.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[-1])
+
+
 def _check_up(x: torch.Tensor, up: torch.Tensor | None) -> None:
     if up is not None and (up.shape, up.dtype, up.device) != (x.shape, x.dtype, x.device):
         expected, got = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (x, up))
@@ -244,7 +249,7 @@ def linear(
         y = backend.linear(input_of(x, up), q, packed, row_scale, bias)
     else:
         y = backend.gated_linear(x, up, q, packed, row_scale, bias)
-    return y.view(*x.shape[:-1], row_scale.shape[0])
+    return _shaped(y, x)
 
 
 def linears(
@@ -270,7 +275,7 @@ def linears(
     backend = BACKENDS[backend_of_weight(packed[0])]
     if backend.linears is not None:
         results = backend.linears(x.contiguous(), q, packed, row_scale, list(biases))
-        return [y.view(*x.shape[:-1], y.shape[-1]) for y in results]
+        return [_shaped(y, x) for y in results]
     tokens = backend.prepare_activation(x.contiguous(), q)
     return [gemm(tokens, *weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
