@@ -533,9 +533,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "prepared_gemm(Tensor tokens, Tensor token_scale, Tensor packed, Tensor row_scale, Tensor? bias, int m, int operand,"
       " bool out_is_bf16, int split) -> Tensor");
   ops.def(
-      "prepared_linears(Tensor x, Tensor? up, Tensor[] packed, Tensor[] row_scale, Tensor?[] bias, Tensor? global_scale, int "
-      "operand,"
-      " bool quantize, int hadamard, int rule) -> Tensor[]");
+      "prepared_linears(Tensor x, Tensor? up, Tensor[] packed, Tensor[] row_scale, Tensor?[] bias, Tensor? global_scale,"
+      " int operand, bool quantize, int hadamard, int rule) -> Tensor[]");
   ops.def(
       "grouped_linear(Tensor x, Tensor? up, Tensor offsets, Tensor? index, Tensor packed, Tensor row_scale, Tensor? bias,"
       " Tensor? global_scale, int operand, bool quantize, int hadamard, int rule, int tile) -> Tensor");
